@@ -1,0 +1,95 @@
+"""The command line: options -> one call -> print. torch, timm and h5py are imported inside the commands."""
+
+import os
+import signal
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from distill_cli import __version__
+from distill_cli.cli import doctor, evaluate, models, quickstart, recipes, teacher_logits, train
+from distill_cli.errors import DistillError, Stopped
+
+app = typer.Typer(
+    name="distill",
+    help="Knowledge distillation for vision: write a teacher's logits once, train students from them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("teacher-logits")(teacher_logits.command)
+app.command("train")(train.command)
+app.command("eval")(evaluate.command)
+app.command("quickstart")(quickstart.command)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(models.app, name="models")
+app.command("doctor")(doctor.command)
+
+# The public way to typer's usage errors, whose module is its own affair.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"distill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit by the codes of `errors.py`; an error is one line on stderr."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+    except DistillError as error:
+        _fail(str(error), error.exit_code)
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "distill"
+        _fail(f'{error.format_message()} See "{command} --help".', error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("SIGINT: stopped; the same command goes on", 130)
+    except BrokenPipeError:
+        # The reader of our stdout left; what was asked for is done.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{(error.strerror or str(error)).lower()}{_advice(error)}", 1)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        _fail(f"unexpected {type(error).__name__}: {reason}; DISTILL_DEBUG=1 shows the traceback", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if os.environ.get("DISTILL_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
+    print(f"distill: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _terminate(number: int, _frame: object) -> None:
+    raise Stopped("SIGTERM: stopped before there was anything to save; the same command goes on", number)
+
+
+def _advice(error: OSError) -> str:
+    import errno
+
+    return {
+        errno.ENOSPC: "; free some space, or choose another --out, then run the same command again",
+        errno.EDQUOT: "; free some of the quota, or choose another --out, then run the same command again",
+        errno.EACCES: "; choose a folder that you may write to",
+        errno.EROFS: "; choose a folder that you may write to",
+    }.get(error.errno or 0, "")

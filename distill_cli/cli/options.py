@@ -1,0 +1,66 @@
+"""Options that several commands share, and how they become recipe values."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distill_cli.shipped import recipes
+from distill_cli.students.aliases import ALIASES
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    return [name for name in recipes() if name.startswith(incomplete)]
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    return [name for name in ALIASES if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", "-r", metavar="NAME|PATH", help="A shipped recipe or a TOML file.", autocompletion=_complete_recipe
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set any recipe value; repeatable, after the recipe."),
+]
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="DATA", help="A folder of images, an IDX folder, or `sample`.")
+]
+Student = Annotated[
+    str | None,
+    typer.Option("--student", metavar="NAME", help="An alias or any timm name.", autocompletion=_complete_model),
+]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher", metavar="RUN|NAME", help="A finished run, or a timm name.", autocompletion=_complete_model
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="NAME", help="Instead of a run: an alias or timm name.", autocompletion=_complete_model
+    ),
+]
+StorePath = Annotated[str | None, typer.Option("--store", metavar="STORE", help="A store of teacher logits.")]
+StoreOut = Annotated[Path, typer.Option("--out", metavar="STORE", help="The store's directory.", show_default=False)]
+RunOut = Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's directory.", show_default=False)]
+ImageSize = Annotated[int | None, typer.Option("--image-size", metavar="PX", help="Side of the model's input.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Images, over all ranks.")]
+Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="Loader processes; 0 for none.")]
+Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str | None, typer.Option("--precision", metavar="fp32|bf16", help="Of the forward pass.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of all that is drawn.")]
+SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Go on without images that do not decode.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, open, measure a little, print; write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def flags(*given: tuple[str, str, Any]) -> dict[str, tuple[str, Any]]:
+    """(flag, recipe path, value) of the flags that were given, as `recipe.load` takes them."""
+    return {path: (flag, value) for flag, path, value in given if value is not None and value is not False}

@@ -1,0 +1,5 @@
+"""`distill quickstart`."""
+
+
+def command() -> None:
+    """Teacher, store, student and comparison on real images, in minutes."""

@@ -1,0 +1,68 @@
+"""`distill teacher-logits`."""
+
+from typing import Annotated
+
+import typer
+
+from distill_cli.cli import options
+from distill_cli.cli.options import flags
+from distill_cli.cli.output import print_bill, print_result
+
+
+def command(
+    out: options.StoreOut,
+    recipe: options.RecipeName = None,
+    teacher: options.Teacher = None,
+    teacher_weights: Annotated[
+        str | None, typer.Option("--teacher-weights", metavar="FILE", help="safetensors or torch checkpoint.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Take timm's own weights.")] = False,
+    data: options.Data = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Classes kept of each row.")] = None,
+    views: Annotated[int | None, typer.Option("--views", metavar="N", help="Augmented views of each sample.")] = None,
+    codec: Annotated[str | None, typer.Option("--codec", metavar="NAME", help="How rows are kept: exact.")] = None,
+    shard_rows: Annotated[int | None, typer.Option("--shard-rows", metavar="N", help="Rows of one file.")] = None,
+    image_size: options.ImageSize = None,
+    batch_size: options.BatchSize = None,
+    workers: options.Workers = None,
+    device: options.Device = None,
+    precision: options.Precision = None,
+    seed: options.Seed = None,
+    skip_unreadable: options.SkipUnreadable = False,
+    sets: options.Sets = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a store of a teacher's sparse top-k logits, or what is missing of it."""
+    from distill_cli import teacher_logits
+    from distill_cli.distributed import world
+    from distill_cli.recipe import load
+    from distill_cli.report import Report
+
+    loaded = load(
+        recipe,
+        sets or (),
+        flags(
+            ("--teacher", "teacher.name", teacher),
+            ("--teacher-weights", "teacher.weights", teacher_weights),
+            ("--pretrained", "teacher.pretrained", pretrained),
+            ("--data", "data.path", data),
+            ("--top-k", "store.top_k", top_k),
+            ("--views", "store.views", views),
+            ("--codec", "store.codec", codec),
+            ("--shard-rows", "store.shard_rows", shard_rows),
+            ("--image-size", "data.image_size", image_size),
+            ("--batch-size", "store.batch_size", batch_size),
+            ("--workers", "runtime.workers", workers),
+            ("--device", "runtime.device", device),
+            ("--precision", "store.precision", precision),
+            ("--seed", "store.seed", seed),
+            ("--skip-unreadable", "data.skip_unreadable", skip_unreadable),
+        ),
+    )
+    with world(loaded.recipe.runtime) as here:
+        if dry_run:
+            print_bill(teacher_logits.bill(loaded.recipe, out, here, Report(quiet)), loaded.origins, as_json)
+        else:
+            print_result(teacher_logits.teacher_logits(loaded.recipe, out, here, Report(quiet)), as_json)

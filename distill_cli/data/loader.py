@@ -1,0 +1,206 @@
+"""Batches: which samples a step holds, and the processes that load them.
+
+The content of a batch is a function of its number, so a loader can start anywhere, with any number of workers,
+and nothing about it needs saving.
+"""
+
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from distill_cli.data.sources import Source, UnreadableImage
+from distill_cli.data.views import Transform, replay
+from distill_cli.errors import DistillError
+from distill_cli.randomness import derive, preserved
+from distill_cli.sparse import SparseLogits
+
+Rows = Callable[[int, NDArray[np.int64]], SparseLogits]
+"""(view, sample ids) -> the teacher's rows: how a store gives them to the loader."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: Tensor
+    """float32 `[batch, 3, height, width]`, normalised."""
+    labels: Tensor
+    """int64 `[batch]`; -1 where the data has no labels."""
+    sample_ids: NDArray[np.int64]
+    view: int
+    teacher: SparseLogits | None = None
+    skipped: tuple[str, ...] = ()
+    """The messages of images that could not be decoded and are not in the batch."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            teacher=self.teacher and self.teacher.to(device),
+        )
+
+    def pin_memory(self) -> "Batch":
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            teacher=self.teacher and self.teacher.pin_memory(),
+        )
+
+
+Order = Callable[[int], tuple[int, NDArray[np.int64]]]
+"""Batch number -> (view, sample ids)."""
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """Samples shuffled by (seed, epoch) and cut into global batches, of which a rank takes its slice.
+
+    Epoch e reads view e mod views. What does not fill a last batch waits for another epoch's shuffle.
+    """
+
+    sample_ids: NDArray[np.int64]
+    batch_size: int
+    """Global, over all ranks."""
+    seed: int
+    views: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, len(self.sample_ids) // self.batch_size)
+
+    @property
+    def images_per_step(self) -> int:
+        """Over all ranks."""
+        return min(self.batch_size, len(self.sample_ids))
+
+    def __call__(self, step: int) -> tuple[int, NDArray[np.int64]]:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        shuffled = _permutation(derive("order", self.seed, epoch), len(self.sample_ids))
+        chosen = shuffled[place * self.batch_size : (place + 1) * self.batch_size]
+        return epoch % self.views, self.sample_ids[np.array_split(chosen, self.world_size)[self.rank]]
+
+
+@dataclass(frozen=True)
+class ListingOrder:
+    """Every sample once, in the order of the listing, dealt to ranks in turn; its view is 0."""
+
+    sample_ids: NDArray[np.int64]
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def batches(self) -> int:
+        """How many batches this rank has."""
+        return -(-len(self._mine) // self.batch_size)
+
+    def __call__(self, number: int) -> tuple[int, NDArray[np.int64]]:
+        return 0, self._mine[number * self.batch_size : (number + 1) * self.batch_size]
+
+    @property
+    def _mine(self) -> NDArray[np.int64]:
+        return self.sample_ids[self.rank :: self.world_size]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, count: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).permutation(count)
+
+
+@dataclass
+class Batches(Dataset["Batch | DistillError"]):
+    """Batch number -> batch. An error is handed over as a value: a worker's traceback would hide its one line."""
+
+    source: Source
+    transform: Transform
+    order: Order
+    seed: int = 0
+    """Of the views."""
+    rows: Rows | None = None
+    skip_unreadable: bool = False
+
+    def __getitem__(self, number: int) -> Batch | DistillError:
+        try:
+            return self.load(number)
+        except DistillError as error:
+            return error
+
+    def load(self, number: int) -> Batch:
+        view, wanted = self.order(number)
+        images, ids, skipped = [], [], []
+        with preserved():
+            for sample_id in wanted.tolist():
+                try:
+                    image = self.source.read(sample_id)
+                except UnreadableImage as error:
+                    if not self.skip_unreadable:
+                        raise
+                    skipped.append(str(error))
+                    continue
+                images.append(replay(self.transform, image, self.seed, view, sample_id))
+                ids.append(sample_id)
+        sample_ids = np.array(ids, np.int64)
+        labels = np.full(len(ids), -1) if self.source.labels is None else self.source.labels[sample_ids]
+        return Batch(
+            images=torch.stack(images) if images else torch.empty(0),
+            labels=torch.from_numpy(labels),
+            sample_ids=sample_ids,
+            view=view,
+            teacher=self.rows(view, sample_ids) if self.rows else None,
+            skipped=tuple(skipped),
+        )
+
+
+def load(batches: Batches, numbers: Iterable[int], workers: int | None, device: torch.device) -> Iterator[Batch]:
+    """Load the batches of these numbers, in order, ahead of use, onto a device.
+
+    Args:
+        workers: processes that load; 0 loads in this one; None takes the cores there are, at most 8.
+
+    Raises:
+        DistillError: what a batch met, or a worker that died.
+    """
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=default_workers() if workers is None else workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_main,
+    )
+    loaded = iter(loader)
+    while True:
+        try:
+            batch = next(loaded)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DistillError(f"{' '.join(str(error).split())} Run the same command again to go on") from error
+        if isinstance(batch, DistillError):
+            raise batch
+        yield batch.to(device)
+
+
+def default_workers() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,115 @@
+"""A source of images: sample id -> image and label, the id being the sample's place in a sorted listing.
+
+`--data` names one:
+
+    DIR            class folders, in `train/` and `val/` or as one tree; a folder without classes is unlabelled
+    DIR            an IDX folder of the MNIST family (`*-images-idx3-ubyte[.gz]`)
+    sample         the real images shipped in the package: 10,000 + 2,000 of Fashion-MNIST
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from distill_cli.errors import DistillError, MismatchError, UsageError
+from distill_cli.files import sha256
+
+PREFIXES_TO_COME = ("wds:", "hf:", "timm:")
+
+
+class UnreadableImage(DistillError):
+    """One image cannot be decoded; `--skip-unreadable` goes on without it."""
+
+
+class Source(Protocol):
+    """What every kind of data is to the rest of the program. Pickles, so that spawned loader workers can have it."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Per sample its name: relative path, or index."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Per sample its class id, or None where the data has no labels."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The ordered class names, where the data has them."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, sample_id: int) -> Image.Image:
+        """Decode one image as RGB.
+
+        Raises:
+            UnreadableImage: the file cannot be read or is no image.
+        """
+        ...
+
+
+def open_source(path: str, split: str) -> Source | None:
+    """Open the `train` or `val` split of what `--data` names; None where this data has no such split.
+
+    A tree without `train/` and `val/` is its own `train` split.
+
+    Raises:
+        UsageError: there is nothing of the kind at `path`.
+    """
+    from distill_cli.data.folder import open_folder
+    from distill_cli.data.idx import holds_idx, open_idx, open_sample
+
+    if path == "sample":
+        return open_sample(split)
+    if path.startswith(PREFIXES_TO_COME):
+        raise UsageError(f'--data {path}: not read by this version; it reads folders, IDX folders and "sample"')
+    folder = Path(path)
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "no such folder"
+        raise UsageError(f'--data {path}: {found}; give a folder of images, an IDX folder or "sample"')
+    return open_idx(folder, split) if holds_idx(folder) else open_folder(folder, split)
+
+
+def without_labels(source: Source) -> Source:
+    """The same images with their labels and classes left out."""
+    return replace(source, labels=None, classes=None)  # type: ignore[type-var]
+
+
+def fingerprint(source: Source) -> dict[str, str | None]:
+    """`keys_sha256` and `labels_sha256` (None without labels) of the listing: the same wherever the folder stands.
+
+    It covers names, not pixels; the checksums of a store's first inputs cover those.
+    """
+    labels = None if source.labels is None else sha256(source.labels.astype("<i8").tobytes())
+    keys = "\n".join(source.keys).encode(errors="surrogateescape")
+    return {"keys_sha256": sha256(keys), "labels_sha256": labels}
+
+
+def check_classes(source: Source, what: str, num_classes: int, classes: tuple[str, ...] | None) -> None:
+    """Refuse labelled data whose classes are not those of a teacher, a store or a model.
+
+    Raises:
+        MismatchError: the counts differ, or the names in their order do; both are given.
+    """
+    advice = "give the data of these classes, or --set data.labelled=false to leave the labels out"
+    if source.classes is not None and len(source.classes) != num_classes:
+        raise MismatchError(f"{what}: has {num_classes} classes, the data {len(source.classes)}; {advice}")
+    if source.labels is not None and source.labels.max() >= num_classes:
+        raise MismatchError(f"{what}: has {num_classes} classes, the data has label {source.labels.max()}; {advice}")
+    for place, (ours, theirs) in enumerate(zip(classes or (), source.classes or (), strict=False)):
+        if ours != theirs:
+            raise MismatchError(f'{what}: class {place} is "{ours}", that of the data "{theirs}"; {advice}')
+
+
+def num_classes(source: Source) -> int | None:
+    """The number of classes of labelled data, or None."""
+    if source.classes is not None:
+        return len(source.classes)
+    return None if source.labels is None else int(source.labels.max()) + 1

@@ -1,0 +1,138 @@
+"""The ranks that do one piece of work together, as torchrun starts them; one process is a world of one.
+
+And the two signals that end the work: they are noted, and the loop in hand asks at the end of its step.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distill_cli.config import RuntimeConfig
+from distill_cli.errors import Stopped, UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks, and its device."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the files and talks to the person."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module as DDP, where there are several ranks."""
+        if self.size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, number: int) -> int:
+        """The largest of the ranks' numbers: one rank's signal stops all of them at the same step."""
+        if self.size == 1:
+            return number
+        return int(self._max(torch.tensor(number, device=self.device)).item())
+
+    def _max(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def world(config: RuntimeConfig) -> Iterator[World]:
+    """Join the ranks that torchrun started, or be one process alone.
+
+    Raises:
+        UsageError: the device is not there.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = find_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if size == 1:
+        yield World(device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(device, rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def find_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that `--device` names: `auto`, `cpu`, `cuda`, `cuda:N`.
+
+    Raises:
+        UsageError: it is not one of these, or not on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: not a device; give auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: not supported; give auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch finds no CUDA here; give --device cpu, or see distill doctor")
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on")
+    torch.cuda.set_device(index)
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda", index)
+
+
+class Signals:
+    """SIGINT and SIGTERM, noted while the block runs; a second one of a kind acts at once.
+
+    with Signals() as signals:
+        for batch in batches:
+            ...
+            if signals.received: save and raise signals.stopped("…")
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._before:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+
+
+def stopped(number: int, message: str) -> Stopped:
+    """The error that ends a command after a signal."""
+    return Stopped(f"{signal.Signals(number).name}: {message}", number)

@@ -1,0 +1,180 @@
+"""An experiment: recipe, store, data and student, opened, checked against each other, and with nothing left open."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill_cli.data import open_train, open_val
+from distill_cli.data.loader import TrainingOrder
+from distill_cli.data.sources import Source, check_classes, fingerprint, num_classes
+from distill_cli.data.views import View, resolve_view, stored_view
+from distill_cli.distributed import World
+from distill_cli.errors import MismatchError, UsageError
+from distill_cli.objectives import Objective, build
+from distill_cli.optim import default_lr
+from distill_cli.recipe import Recipe, update
+from distill_cli.replay import check_data
+from distill_cli.report import Report
+from distill_cli.store.reader import Store
+from distill_cli.students.build import check_forward, constructor_arguments, create, input_config
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run works with."""
+
+    recipe: Recipe
+    """With nothing left open."""
+    origins: dict[str, str]
+    source: Source
+    val: Source | None
+    store: Store | None
+    view: View
+    objective: Objective
+    order: TrainingOrder
+    classes: int
+    arguments: dict[str, Any]
+    """Of the student's constructor."""
+
+    @property
+    def steps(self) -> int:
+        config = self.recipe.train
+        return config.steps or config.epochs * self.order.steps_per_epoch
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.steps // self.order.steps_per_epoch)
+
+    def validates_at(self, step: int) -> bool:
+        """After each epoch, and after the last step."""
+        return self.val is not None and step > 0 and self._ends_at(step)
+
+    def saves_at(self, step: int) -> bool:
+        """After each epoch, after the last step, and every `train.save_every` steps."""
+        every = self.recipe.train.save_every
+        return self._ends_at(step) or (every is not None and step % every == 0)
+
+    def _ends_at(self, step: int) -> bool:
+        return step % self.order.steps_per_epoch == 0 or step == self.steps
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with besides the recipe."""
+        return {"data": fingerprint(self.source), "store": self.store and self.store.plan.sha256}
+
+
+def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
+    """Open store, data and student, and settle what the recipe leaves open.
+
+    Raises:
+        UsageError, MismatchError, DamagedError: they do not fit each other; both sides are named.
+    """
+    report.stage("opening the data")
+    source = open_train(recipe.data)
+    val = open_val(recipe.data)
+    store = None if recipe.store.path is None else Store(Path(recipe.store.path))
+    objective_name = recipe.objective.name if recipe.objective else "tinyvit" if store else "supervised"
+    if recipe.student.name is None:
+        raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
+    classes = _classes(recipe, source, val, store)
+    report.stage(f"{len(source)} images, {len(val) if val else 'none'} to validate on; building {recipe.student.name}")
+    torch.manual_seed(recipe.train.seed)
+    size = _image_size(recipe, store)
+    arguments = constructor_arguments(recipe.student, size)
+    student = create(
+        recipe.student.name,
+        num_classes=classes,
+        arguments=arguments,
+        pretrained=recipe.student.pretrained,
+    )
+    own = input_config(student, size)
+    view = stored_view(recipe.data, store.plan.transform) if store else resolve_view(recipe.data, own)
+    check_forward(student, recipe.student.name, view.image_size)
+    order = _order(recipe, source, store, world)
+    epochs = recipe.train.epochs if recipe.train.steps is None else -(-recipe.train.steps // order.steps_per_epoch)
+    by = {f"data.{name}": ("store" if store else "student", value) for name, value in asdict(view).items()}
+    by |= {
+        "objective.name": ("store" if store else "no store", objective_name),
+        "student.num_classes": ("store" if store else "data", classes),
+        "student.img_size": ("store" if store else "student", view.image_size),
+        "train.lr": ("batch size", recipe.train.lr or default_lr(recipe.train.batch_size)),
+        "train.epochs": ("steps", epochs),
+        "train.warmup_epochs": ("epochs", _given(recipe.train.warmup_epochs, epochs / 20)),
+    }
+    settled = update(recipe, {path: value for path, (_, value) in by.items()})
+    assert settled.objective is not None
+    objective = build(settled.objective, student).to(world.device)
+    _check_needs(objective, settled, source, store)
+    if len(source) < recipe.train.batch_size:
+        report.warn(
+            f"batch_size {recipe.train.batch_size} is more than the {len(source)} images: an epoch is one batch of all"
+        )
+    if val is None:
+        report.warn(
+            f"--data {recipe.data.path}: has no validation split, so accuracy is not measured; data.val names one"
+        )
+    origins = {path: origin for path, (origin, _) in by.items()}
+    return Experiment(settled, origins, source, val, store, view, objective, order, classes, arguments)
+
+
+def _classes(recipe: Recipe, source: Source, val: Source | None, store: Store | None) -> int:
+    """The student's class count, agreed by store, data and recipe."""
+    if store is not None:
+        check_data(store, source)
+    known = store.plan.num_classes if store else num_classes(source)
+    count = recipe.student.num_classes or known
+    if count is None:
+        raise UsageError(f"--data {recipe.data.path}: has no labels; give a --store to learn from, or class folders")
+    if known is not None and count != known:
+        raise MismatchError(
+            f"student.num_classes: {count} asked, the {'store' if store else 'data'} has {known}; leave it out"
+        )
+    if val is not None:
+        check_classes(val, "the training data", count, source.classes)
+    return count
+
+
+def _image_size(recipe: Recipe, store: Store | None) -> int | None:
+    """The input size that recipe and store agree on; None leaves it to the architecture."""
+    stored = None if store is None else int(store.plan.transform["image_size"])
+    asked = {
+        "data.image_size": recipe.data.image_size,
+        "student.img_size": recipe.student.img_size,
+        "the store": stored,
+    }
+    given = {name: size for name, size in asked.items() if size is not None}
+    if len(set(given.values())) > 1:
+        named = ", ".join(f"{name} {size}" for name, size in given.items())
+        kind = MismatchError if stored else UsageError
+        raise kind(f"image size: {named}; the student sees what the teacher saw, so give one size")
+    return next(iter(given.values()), None)
+
+
+def _order(recipe: Recipe, source: Source, store: Store | None, world: World) -> TrainingOrder:
+    config = recipe.train
+    if config.batch_size % world.size:
+        raise UsageError(f"--batch-size {config.batch_size}: is global and does not divide by {world.size} ranks")
+    return TrainingOrder(
+        sample_ids=store.sample_ids if store else np.arange(len(source)),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        views=store.plan.views if store else 2**31,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def _check_needs(objective: Objective, recipe: Recipe, source: Source, store: Store | None) -> None:
+    assert recipe.objective is not None
+    name = recipe.objective.name
+    if "logits" in objective.needs and store is None:
+        raise UsageError(f"objective {name}: learns from a store; give --store, or --objective supervised")
+    if "labels" in objective.needs and source.labels is None:
+        raise UsageError(f"objective {name}: learns from labels, which --data {recipe.data.path} has not; use tinyvit")
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,159 @@
+"""What is measured of a model: sums over exactly the images there are, whatever the batches and ranks."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill_cli.config import NonNegative, Positive, Precision, section
+from distill_cli.data.loader import Batch
+from distill_cli.distributed import World
+from distill_cli.errors import DistillError
+from distill_cli.report import Progress
+from distill_cli.sparse import cross_entropy, entropy, soften
+
+ECE_BINS = 15
+
+
+@section
+class EvalConfig:
+    weights: str | None = None
+    """`--weights`: of `student.name`, where no run is given."""
+    batch_size: Positive = 256
+    """Images of one forward."""
+    precision: Precision = "fp32"
+    fail_below: NonNegative | None = None
+    """`--fail-below`: exit 5 when top1 (percent) is less."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How a model does on labelled images; `top1` and `top5` in percent."""
+
+    images: int
+    top1: float
+    top5: float
+    nll: float
+    """Mean negative log-likelihood of the label, in nats."""
+    ece: float
+    """Expected calibration error over 15 equal bins of confidence, 0 to 1."""
+    per_class: tuple[float | None, ...]
+    """Top-1 by class, in percent; None for a class without images."""
+    skipped: int = 0
+    """Images that could not be decoded."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near a student is to its teacher on the rows of a store."""
+
+    agreement: float
+    """Share of rows with the teacher's most probable class, in percent."""
+    kl: float
+    """Mean KL(teacher || student) in nats, the teacher's tail spread uniformly."""
+    rows: int
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bfloat16 autocast, or nothing for `fp32`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@torch.inference_mode()
+def measure_accuracy(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    num_classes: int,
+    world: World,
+    precision: str,
+    progress: Progress,
+) -> Accuracy:
+    """Evaluate a model on this rank's batches and add up over ranks.
+
+    Raises:
+        DistillError: no image could be read.
+    """
+    sums = _Sums(num_classes, world.device)
+    for batch in batches:
+        if len(batch):
+            with autocast(world.device, precision):
+                logits = model(batch.images)
+            sums.add(logits, batch.labels)
+        sums.skipped += len(batch.skipped)
+        progress.advance((len(batch) + len(batch.skipped)) * world.size)
+    return sums.total(world)
+
+
+@torch.inference_mode()
+def measure_agreement(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    num_classes: int,
+    world: World,
+    precision: str,
+    progress: Progress,
+) -> Agreement:
+    """Compare a model with the store's rows of the same inputs, on this rank's batches, and add up over ranks."""
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    for batch in batches:
+        assert batch.teacher is not None
+        with autocast(world.device, precision):
+            logits = model(batch.images).float()
+        target = soften(batch.teacher, num_classes)
+        kl = cross_entropy(logits, target) - entropy(target)
+        agreed = logits.argmax(dim=-1) == batch.teacher.top1
+        sums += torch.stack(
+            [agreed.double().sum(), kl.double().sum(), torch.tensor(float(len(batch)), device=sums.device)]
+        )
+        progress.advance(len(batch) * world.size)
+    agreed_sum, kl_sum, rows = world.sum(sums).tolist()
+    return Agreement(agreement=round(100 * agreed_sum / rows, 3), kl=round(kl_sum / rows, 6), rows=int(rows))
+
+
+class _Sums:
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        zeros = {"dtype": torch.float64, "device": device}
+        self.scalars = torch.zeros(4, **zeros)  # type: ignore[call-overload]
+        self.bins = torch.zeros(3, ECE_BINS, **zeros)  # type: ignore[call-overload]
+        self.classes = torch.zeros(2, num_classes, **zeros)  # type: ignore[call-overload]
+        self.skipped = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+        hits = best == labels[:, None]
+        hit = hits[:, 0].double()
+        nll = F.cross_entropy(logits, labels, reduction="sum").double()
+        self.scalars += torch.stack([hit.new_tensor(len(labels)), hit.sum(), hits.any(dim=1).double().sum(), nll])
+        confidence = logits.softmax(dim=-1).amax(dim=-1).double()
+        place = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+        for row, values in zip(self.bins, (torch.ones_like(hit), hit, confidence), strict=True):
+            row.index_add_(0, place, values)
+        self.classes[0].index_add_(0, labels, torch.ones_like(hit))
+        self.classes[1].index_add_(0, labels, hit)
+
+    def total(self, world: World) -> Accuracy:
+        skipped = torch.tensor([float(self.skipped)], dtype=torch.float64, device=world.device)
+        flat = torch.cat([self.scalars, self.bins.flatten(), self.classes.flatten(), skipped])
+        flat = world.sum(flat).cpu()
+        scalars, bins, classes, skipped = flat.split([4, 3 * ECE_BINS, self.classes.numel(), 1])
+        images, hits, hits5, nll = scalars.tolist()
+        if not images:
+            raise DistillError("evaluation: no image could be read; look at the first of the data by hand")
+        _, accurate, confident = bins.view(3, ECE_BINS)
+        counts, right = classes.view(2, -1)
+        return Accuracy(
+            images=int(images),
+            top1=round(100 * hits / images, 3),
+            top5=round(100 * hits5 / images, 3),
+            nll=round(nll / images, 6),
+            ece=round(float((accurate - confident).abs().sum()) / images, 6),
+            per_class=tuple(
+                round(100 * float(hit / count), 3) if count else None for hit, count in zip(right, counts, strict=True)
+            ),
+            skipped=int(skipped.item()),
+        )

@@ -1,0 +1,49 @@
+"""What an objective is: a module whose `forward(batch)` gives the losses, and whose `after_step` may follow a step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from distill_cli.data.loader import Batch
+from distill_cli.sparse import SparseLogits
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What one batch costs: the total that is differentiated, and each part by name, detached."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+
+
+class Objective(nn.Module):
+    """Owns the student, its heads and, where it needs one live, the frozen teacher; DDP wraps the objective.
+
+    Losses are means over the batch unless the docstring says otherwise.
+    """
+
+    needs: ClassVar[frozenset[Literal["labels", "logits"]]] = frozenset()
+    """What a batch must bring: `labels`, `logits` (rows of a store)."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, batch: Batch) -> Losses:
+        """The losses of one batch of this rank."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimiser step, for what moves without a gradient."""
+
+    def __call__(self, batch: Batch, *args: Any, **kwargs: Any) -> Losses:
+        losses: Losses = super().__call__(batch, *args, **kwargs)
+        return losses
+
+
+def teacher_rows(batch: Batch) -> SparseLogits:
+    """The teacher's rows of a batch; an objective that calls this says `logits` in its `needs`."""
+    assert batch.teacher is not None
+    return batch.teacher

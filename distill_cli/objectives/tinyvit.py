@@ -1,0 +1,52 @@
+"""TinyViT: soft cross-entropy against stored sparse logits."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from distill_cli.config import PositiveFloat, section
+from distill_cli.data.loader import Batch
+from distill_cli.objectives.base import Losses, Objective, teacher_rows
+from distill_cli.sparse import SparseLogits, cross_entropy, soften
+
+
+@section
+class TinyViTConfig:
+    name: Literal["tinyvit"] = "tinyvit"
+    temperature: PositiveFloat = 1.0
+    """Applied to both sides; the loss is multiplied by its square."""
+
+
+class TinyViT(Objective):
+    """Soft cross-entropy with the teacher's k most probable classes, its tail spread uniformly.
+
+        L = -sum_c p_c log q_c,    p_c = m outside the k,    m = tail / (C - k)
+
+    No label, no weight. The target is never densified to batch x classes.
+
+    Paper: Wu et al. 2022, arXiv:2207.10666, section 3.1.
+    Differs: the log-softmax of both sides is float32, where TinyViT takes them in float16 and can meet a negative
+    tail; a temperature other than 1 is possible, since log-probabilities are stored.
+    """
+
+    needs = frozenset({"logits"})
+
+    def __init__(self, student: nn.Module, config: TinyViTConfig) -> None:
+        super().__init__(student)
+        self.config = config
+
+    def forward(self, batch: Batch) -> Losses:
+        logits = self.student(batch.images)
+        loss = soft_cross_entropy(logits, teacher_rows(batch), self.config.temperature)
+        return Losses(loss, {"distill": loss.detach()})
+
+
+def soft_cross_entropy(logits: Tensor, teacher: SparseLogits, temperature: float = 1.0) -> Tensor:
+    """T^2 times the mean over the batch of -sum_c p_c log q_c, both sides at temperature T.
+
+    Args:
+        logits: the student's, `[batch, classes]`.
+        teacher: k rows of the same classes.
+    """
+    target = soften(teacher, logits.shape[-1], temperature)
+    return temperature**2 * cross_entropy(logits / temperature, target).mean()

@@ -1,0 +1,241 @@
+"""The recipe: a whole experiment in one TOML file, read by all three commands.
+
+Precedence: default < recipe < `--set section.key=VALUE` < flag. Where `--set` or a flag names another teacher,
+student or objective than the recipe, that section of the recipe is dropped: its values were meant for the other one.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from distill_cli.config import RuntimeConfig, section
+from distill_cli.data.views import DataConfig
+from distill_cli.errors import UsageError, nearest
+from distill_cli.files import canonical_json, sha256
+from distill_cli.metrics import EvalConfig
+from distill_cli.objectives import ObjectiveConfig
+from distill_cli.optim import TrainConfig
+from distill_cli.shipped import find_recipe
+from distill_cli.store.config import StoreConfig
+from distill_cli.students.build import StudentConfig
+from distill_cli.teachers import TeacherConfig
+
+NAMED = ("teacher", "student", "objective")
+"""Sections whose `name` decides what their other keys mean."""
+NO_IDENTITY = (
+    "runtime.",
+    "eval.",
+    "teacher.",
+    "store.",
+    "data.path",
+    "data.val",
+    "train.log_every",
+    "train.save_every",
+)
+"""What may change between two attempts at one run: machines, places, how often it speaks and saves. The store and the
+data are compared by what they are, not by where they lie."""
+
+
+@section
+class Recipe:
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    objective: ObjectiveConfig | None = None
+    """By default `tinyvit` where there is a store, else `supervised`."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe, and where each value that is no default came from."""
+
+    recipe: Recipe
+    origins: Mapping[str, str]
+    """Dotted path -> `recipe NAME`, `--set` or a flag."""
+
+
+def load(
+    name: str | None = None, sets: Sequence[str] = (), flags: Mapping[str, tuple[str, Any]] | None = None
+) -> Loaded:
+    """Read a recipe and lay `--set` values and flags over it.
+
+    Args:
+        name: a shipped recipe's name, or a path.
+        sets: `section.key=VALUE`, VALUE in TOML or a bare string.
+        flags: dotted path -> (flag, value).
+
+    Raises:
+        UsageError: a key is unknown or a value is wrong; where, what, and the nearest known keys.
+    """
+    base = flatten(_read(find_recipe(name))) if name else {}
+    over: dict[str, Any] = {}
+    origins = dict.fromkeys(base, f"recipe {name}")
+    for text in sets:
+        path, value = _parse_set(text)
+        over[path], origins[path] = value, "--set"
+    for path, (flag, value) in (flags or {}).items():
+        over[path], origins[path] = value, flag
+    for named in NAMED:
+        wanted = over.get(f"{named}.name", base.get(f"{named}.name"))
+        if wanted != base.get(f"{named}.name"):
+            base = {path: value for path, value in base.items() if not path.startswith(f"{named}.")}
+    values = {**base, **over}
+    recipe = parse(values, origins)
+    return Loaded(recipe, {path: origins[path] for path in values})
+
+
+def parse(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Recipe:
+    """A recipe from dotted paths and values, checked.
+
+    Raises:
+        UsageError: see `load`.
+    """
+    try:
+        return TypeAdapter(Recipe).validate_python(_nest(values))
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+        more = f" (and {len(others)} more)" if others else ""
+        raise UsageError(_explain(first, origins or {}) + more) from None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted paths; the `kwargs` tables stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and not path.endswith(".kwargs"):
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = value
+    return flat
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every value of a recipe by its dotted path; what is left open is None."""
+    return flatten(asdict(recipe))
+
+
+def update(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with some values, by dotted path, replaced."""
+    return parse({path: value for path, value in {**flat(recipe), **values}.items() if value is not None})
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as a TOML file that `load` reads."""
+    return tomli_w.dumps(_nest({path: value for path, value in flat(recipe).items() if value is not None}))
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What makes two runs the same experiment."""
+    return {
+        path: value for path, value in flat(recipe).items() if value is not None and not path.startswith(NO_IDENTITY)
+    }
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """The sha256 of a recipe's identity."""
+    return sha256(canonical_json(identity(recipe)))
+
+
+def differences(there: Recipe, asked: Recipe) -> list[str]:
+    """`path: there, asked` for each value of their identities that differs."""
+    ours, theirs = identity(there), identity(asked)
+    return [
+        f"{path}: {ours.get(path)}, {theirs.get(path)}"
+        for path in sorted(ours.keys() | theirs.keys())
+        if ours.get(path) != theirs.get(path)
+    ]
+
+
+def known_paths() -> list[str]:
+    """Every key that a recipe can have, dotted."""
+    return sorted(set(_paths(Recipe, "")))
+
+
+def _paths(cls: Any, prefix: str) -> Iterator[str]:
+    for item in fields(cls):
+        inner = [kind for kind in _kinds(item.type) if is_dataclass(kind)]
+        for kind in inner:
+            yield from _paths(kind, f"{prefix}{item.name}.")
+        if not inner:
+            yield f"{prefix}{item.name}"
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The classes inside a union or an Annotated."""
+    arguments = get_args(annotation)
+    if not arguments:
+        yield annotation
+    for argument in arguments:
+        yield from _kinds(argument)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML ({error})") from error
+
+
+def _parse_set(text: str) -> tuple[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or "." not in path:
+        raise UsageError(f"--set {text}: not of the form section.key=VALUE")
+    try:
+        return path.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return path.strip(), value
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in values.items():
+        *tables, key = path.split(".")
+        table = nested
+        for name in tables:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise UsageError(f"{path}: {name} is a value, not a table{nearest(path, known_paths())}")
+        table[key] = value
+    return nested
+
+
+def _explain(error: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """One line for one of pydantic's errors."""
+    # A discriminated union puts the chosen variant's tag into the path, as in ("objective", "deit", "alpha").
+    place = [str(part) for part in error["loc"]]
+    if len(place) > 2 and place[0] == "objective":
+        del place[1]
+    path = ".".join(place)
+    where = origins.get(path) or origins.get(f"{path}.name") or "recipe"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{where}: {path}: unknown key{_nearest_path(path)}"
+    if error["type"] == "union_tag_invalid":
+        names = error["ctx"]["expected_tags"].replace("'", "")
+        return f"{where}: objective.name: no such objective, {error['ctx']['tag']!r}; there are {names}"
+    if error["type"] == "union_tag_not_found":
+        return f"{where}: objective.name is missing; it decides what the other keys of [objective] mean"
+    found = "" if isinstance(error["input"], Mapping) else f", not {error['input']!r}"
+    return f"{where}: {path}: {error['msg'][0].lower()}{error['msg'][1:]}{found}"
+
+
+def _nearest_path(path: str) -> str:
+    """The same key in another section, else what is spelt nearly so, else the keys of this section."""
+    table, _, key = path.rpartition(".")
+    paths = known_paths()
+    if path in paths:
+        return " of the objective that is chosen"
+    elsewhere = [known for known in paths if known.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"; did you mean {', '.join(elsewhere[:3])}?"
+    sections = dict.fromkeys(known.partition(".")[0] for known in paths)
+    return nearest(path, paths) or ("" if table else f"; the sections are {', '.join(sections)}")

@@ -1,0 +1,142 @@
+"""The codec `exact`: float16 log-probabilities in plain contiguous datasets that can be memory-mapped.
+
+sample_id   uint32 | uint64   [n]       by place in the dealing
+class_id    uint16 | uint32   [n, k]    most probable first; uint32 from 65,536 classes on
+log_prob    float16           [n, k]
+log_tail    float32           [n]       -inf where nothing remains
+probe_crc   uint32            [p]       CRC-32 of the first rows' inputs
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from distill_cli.errors import DamagedError
+from distill_cli.store.plan import FORMAT, VERSION, Plan
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one view: what a shard holds, and what a reader gives back."""
+
+    sample_id: NDArray[Any]
+    """`[n]`."""
+    class_id: NDArray[Any]
+    """`[n, k]`."""
+    log_prob: NDArray[Any]
+    """`[n, k]`."""
+    log_tail: NDArray[Any]
+    """`[n]`."""
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An open shard: its rows and its probes are views of the file's memory map."""
+
+    rows: Rows
+    probe_crc: NDArray[np.uint32]
+
+
+def dtypes(plan: Plan) -> dict[str, np.dtype[Any]]:
+    """The little-endian type of each dataset."""
+    return {
+        "sample_id": np.dtype("<u4" if plan.samples <= 2**32 else "<u8"),
+        "class_id": np.dtype("<u2" if plan.num_classes <= 2**16 - 1 else "<u4"),
+        "log_prob": np.dtype("<f2"),
+        "log_tail": np.dtype("<f4"),
+        "probe_crc": np.dtype("<u4"),
+    }
+
+
+def encode(plan: Plan, view: int, shard: int, rows: Rows, probe_crc: NDArray[np.uint32]) -> bytes:
+    """The bytes of one shard file; equal rows give equal bytes."""
+    arrays = {
+        "sample_id": rows.sample_id,
+        "class_id": rows.class_id,
+        "log_prob": rows.log_prob,
+        "log_tail": rows.log_tail,
+        "probe_crc": probe_crc,
+    }
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
+        file.attrs.update(_attributes(plan, view, shard))
+        for name, dtype in dtypes(plan).items():
+            file.create_dataset(name, data=np.ascontiguousarray(arrays[name], dtype=dtype))
+    return buffer.getvalue()
+
+
+def open_shard(path: Path, plan: Plan, view: int, shard: int) -> Shard:
+    """Open one shard by memory map; HDF5 is asked only where the datasets lie, and closed again.
+
+    Raises:
+        DamagedError: the file is missing, cut short, of other shapes, or belongs to another store or place.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            found = {name: _plain(file.attrs.get(name)) for name in _attributes(plan, view, shard)}
+            layout = {name: _extent(file[name]) for name in dtypes(plan)}
+    except FileNotFoundError:
+        raise DamagedError(f'{path}: missing; run the same "distill teacher-logits" command again') from None
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise DamagedError(f"{path}: not a readable shard ({error}); delete it and run teacher-logits again") from error
+    for name, expected in _attributes(plan, view, shard).items():
+        if found[name] != expected:
+            raise DamagedError(
+                f"{path}: {name} is {found[name]}, not {expected}: a shard of another store or place; "
+                "delete it and run teacher-logits again"
+            )
+    arrays = _map(path, plan, layout)
+    rows = Rows(*(arrays[name] for name in ("sample_id", "class_id", "log_prob", "log_tail")))
+    return Shard(rows, arrays["probe_crc"])
+
+
+def _map(path: Path, plan: Plan, layout: dict[str, tuple[tuple[int, ...], np.dtype[Any], int]]) -> dict[str, Any]:
+    memory = np.memmap(path, np.uint8, "r")
+    count = layout["sample_id"][0][0] if layout["sample_id"][0] else 0
+    shapes = {
+        "sample_id": (count,),
+        "class_id": (count, plan.top_k),
+        "log_prob": (count, plan.top_k),
+        "log_tail": (count,),
+    }
+    arrays = {}
+    for name, dtype in dtypes(plan).items():
+        shape, found, offset = layout[name]
+        if (
+            found != dtype
+            or shape != shapes.get(name, shape)
+            or offset + found.itemsize * int(np.prod(shape)) > len(memory)
+        ):
+            raise DamagedError(
+                f"{path}: {name} is {found} {list(shape)} at byte {offset}, which the plan does not allow; "
+                "delete it and run teacher-logits again"
+            )
+        flat = memory[offset : offset + dtype.itemsize * int(np.prod(shape))]
+        arrays[name] = np.asarray(flat).view(dtype).reshape(shape)
+    return arrays
+
+
+def _extent(dataset: Any) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, type and first byte of a contiguous dataset."""
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise ValueError("a dataset of its own was expected")
+    offset = dataset.id.get_offset()
+    if offset is None and dataset.size:
+        raise ValueError(f"{dataset.name} is not contiguous")
+    return dataset.shape, dataset.dtype, offset or 0
+
+
+def _attributes(plan: Plan, view: int, shard: int) -> dict[str, Any]:
+    return {"format": FORMAT, "version": VERSION, "plan_sha256": plan.sha256, "view": view, "shard": shard}
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,1 @@
+"""Students: friendly names (`aliases`), the model a recipe describes (`build`), weights on disk (`weights`)."""

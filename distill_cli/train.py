@@ -1,0 +1,424 @@
+"""`distill train`: train a student, from labels, from a store, or from both."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distill_cli.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
+from distill_cli.data.loader import Batch, Batches, ListingOrder, load
+from distill_cli.data.sources import fingerprint
+from distill_cli.data.views import eval_transform, train_transform
+from distill_cli.distributed import Signals, World, stopped
+from distill_cli.errors import DistillError, MismatchError
+from distill_cli.experiment import Experiment, open_experiment
+from distill_cli.files import (
+    canonical_json,
+    check_ours,
+    free_bytes,
+    locked,
+    remove_temporaries,
+    sha256,
+    write_atomic,
+    write_json,
+)
+from distill_cli.history import History, last_validation
+from distill_cli.metrics import Accuracy, autocast, measure_accuracy
+from distill_cli.objectives import Losses
+from distill_cli.optim import build_optimizer, learning_rate
+from distill_cli.randomness import derive
+from distill_cli.recipe import Recipe, differences, to_toml
+from distill_cli.recipe import fingerprint as recipe_fingerprint
+from distill_cli.recipe import load as load_recipe
+from distill_cli.replay import SparseRows, prove_replay
+from distill_cli.report import Report
+from distill_cli.software import versions
+from distill_cli.students.build import parameters_in_millions, timm_name
+from distill_cli.students.weights import STUDENT, Card, save_student
+
+RECIPE, RESULT = "recipe.toml", "result.json"
+BILL_STEPS = 4
+"""Steps that a dry run times."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    status: str
+    """`done` or `already_done`."""
+    run: str
+    steps: int
+    epochs: int
+    top1: float | None
+    """On the validation images after the last step, in percent; None where there are none."""
+    top5: float | None
+    images_per_s: float
+    """Of the training steps."""
+    wall_s: float
+    """Over all attempts."""
+    nll: float | None
+    ece: float | None
+    parameters_m: float
+    """Millions, of the student."""
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What `--dry-run` says the run will cost."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+    steps: int
+    epochs: int
+    parameters_m: float
+    images_per_s: float
+    hours: float
+    checkpoint_bytes: int
+    free_bytes: int
+
+
+def train(recipe: Recipe, out: Path, world: World, report: Report | None = None) -> Summary:
+    """Train `recipe.student` by `recipe.objective` into the run directory `out`, or go on where it stopped.
+
+    Raises:
+        UsageError, MismatchError, DamagedError: recipe, data, store, student and `out` do not fit.
+        DistillError: an image cannot be decoded, or the loss is not finite.
+        BusyError: another process works there.
+        Stopped: a signal came; a checkpoint was saved.
+    """
+    report = report if report and world.is_main else Report(quiet=not world.is_main)
+    check_ours(out, (RECIPE, RESULT, FOLDER), "run")
+    setup = open_experiment(recipe, world, report)
+    done = _finished(setup, out)
+    if done is not None:
+        report.stage(f"{out}: finished already")
+        return done
+    with locked(out) if world.is_main else nullcontext():
+        if world.is_main:
+            remove_temporaries(out)
+            write_atomic(out / RECIPE, to_toml(setup.recipe))
+        return _run(setup, out, world, report)
+
+
+def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) -> Bill:
+    """What the run would cost, from a few steps of the real thing; writes nothing.
+
+    Raises:
+        as `train`.
+    """
+    report = report or Report()
+    check_ours(out, (RECIPE, RESULT, FOLDER), "run")
+    setup = open_experiment(recipe, world, report)
+    _finished(setup, out)
+    optimizer = build_optimizer(setup.objective, setup.recipe.train)
+    report.stage("timing a few steps")
+    start = images = 0.0
+    for number, batch in enumerate(_training_batches(setup, 0, min(BILL_STEPS, setup.steps), world)):
+        _step(setup.objective, optimizer, batch, number, setup, world)
+        # The first step pays for the loader's start, and is not timed unless it is the only one.
+        images += len(batch) if start else 0
+        start = start or time.monotonic()
+    images_per_s = images / max(time.monotonic() - start, 1e-3)
+    tensors = [*setup.objective.state_dict().values()]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    batch_size = min(setup.recipe.train.batch_size, len(setup.order.sample_ids))
+    return Bill(
+        recipe=setup.recipe,
+        origins=setup.origins,
+        steps=setup.steps,
+        epochs=setup.epochs,
+        parameters_m=parameters_in_millions(setup.objective.student),
+        images_per_s=round(images_per_s, 1),
+        hours=round(setup.steps * batch_size / images_per_s / 3600, 4) if images_per_s else 0.0,
+        checkpoint_bytes=3 * weights,
+        free_bytes=free_bytes(out),
+    )
+
+
+def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
+    """The training loop: from the newest checkpoint, or from the start, to the last step and the result."""
+    config, objective, order = setup.recipe.train, setup.objective, setup.order
+    optimizer = build_optimizer(objective, config)
+    done = _resume(setup, out, optimizer, report)
+    if setup.store is not None:
+        report.stage("proving that the views replay to the pixels that the teacher saw")
+        prove_replay(setup.store, setup.source, train_transform(setup.view))
+    world.barrier()
+    history = History(out, done.step, write=world.is_main)
+    model = world.wrap(objective)
+    batches = _training_batches(setup, done.step, setup.steps, world)
+    window = _Window(out)
+    report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
+    images = order.images_per_step
+    with Signals() as signals, report.progress("train", setup.steps * images, done.step * images) as progress:
+        while True:
+            if setup.validates_at(done.step) and done.step not in history.validated:
+                accuracy = _validate(setup, world, signals)
+                history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **_numbers(accuracy)}, "val")
+                report.stage(f"step {done.step}: top1 {accuracy.top1:.2f}, nll {accuracy.nll:.4f}")
+            if done.step == setup.steps:
+                break
+            began = time.monotonic()
+            batch = next(batches)
+            losses, grad_norm = _step(model, optimizer, batch, done.step, setup, world)
+            done.add(len(batch) * world.size, len(batch.skipped), time.monotonic() - began)
+            window.add(done.step, losses, grad_norm, len(batch) * world.size)
+            progress.advance(images, window.note)
+            if done.step % config.log_every == 0 or done.step == setup.steps:
+                epoch = round((done.step - 1) / order.steps_per_epoch, 4)
+                lr = optimizer.param_groups[0]["lr"]
+                history.log(done.step, {"epoch": epoch, "lr": lr, **window.flush()}, "train")
+            stop = world.agree(signals.received)
+            if stop or setup.saves_at(done.step):
+                window.check()
+                if world.is_main:
+                    save_checkpoint(out, done.step, objective, optimizer, done.state(setup))
+            if stop:
+                raise stopped(stop, f"{out}: saved at step {done.step} of {setup.steps}; the same command goes on")
+    history.close()
+    return _finish(setup, out, done, world, report)
+
+
+def _step(
+    model: nn.Module, optimizer: Optimizer, batch: Batch, step: int, setup: Experiment, world: World
+) -> tuple[Losses, Tensor]:
+    """One optimiser step; what it draws depends on (seed, step, rank) alone."""
+    config = setup.recipe.train
+    assert config.warmup_epochs is not None
+    warmup = round(config.warmup_epochs * setup.order.steps_per_epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, setup.steps, warmup, config)
+    torch.manual_seed(derive("step", config.seed, step, world.rank))
+    model.train()
+    with autocast(world.device, config.precision):
+        losses: Losses = model(batch)
+    optimizer.zero_grad(set_to_none=True)
+    losses.total.backward()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+    optimizer.step()
+    setup.objective.after_step(step)
+    return losses, grad_norm
+
+
+@dataclass
+class _Done:
+    """What is behind a run, over all attempts."""
+
+    step: int = 0
+    images: int = 0
+    skipped: int = 0
+    train_s: float = 0.0
+    """In steps; `wall_s` counts the rest too."""
+    wall_s: float = 0.0
+    _began: float = field(default_factory=time.monotonic)
+
+    def add(self, images: int, skipped: int, seconds: float) -> None:
+        """Count one step."""
+        self.step += 1
+        self.images += images
+        self.skipped += skipped
+        self.train_s += seconds
+
+    def wall_s_now(self) -> float:
+        return self.wall_s + time.monotonic() - self._began
+
+    def state(self, setup: Experiment) -> dict[str, Any]:
+        """For a checkpoint."""
+        counts = {"images": self.images, "skipped": self.skipped, "train_s": self.train_s}
+        return {**counts, "wall_s": self.wall_s_now(), "identity": setup.identity}
+
+
+class _Window:
+    """Losses since the last line of metrics; they stay on the device until somebody looks."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.note = out, ""
+        self._start()
+
+    def _start(self) -> None:
+        self._first, self._images, self._began = 0, 0, time.monotonic()
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, step: int, losses: Losses, grad_norm: Tensor, images: int) -> None:
+        self._first = self._first or step
+        self._images += images
+        values = {"loss": losses.total.detach(), **losses.parts, "grad_norm": grad_norm}
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
+
+    def check(self) -> None:
+        """
+        Raises:
+            DistillError: a loss of the window is not finite.
+        """
+        if not self._values:
+            return
+        finite = torch.stack(self._values["loss"]).isfinite().cpu()
+        if finite.all():
+            return
+        index = int((~finite).nonzero()[0])
+        parts = ", ".join(f"{name} {values[index].item():.4g}" for name, values in self._values.items())
+        saved = checkpoints(self.out)
+        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise DistillError(
+            f"{self.out}: the loss is not finite at step {self._first + index} ({parts}); {last}; "
+            "lower train.lr, or use --precision fp32"
+        )
+
+    def flush(self) -> dict[str, float]:
+        """The means of the window, which then starts again.
+
+        Raises:
+            DistillError: see `check`.
+        """
+        self.check()
+        means = {name: float(torch.stack(values).float().mean()) for name, values in self._values.items()}
+        self.note = f"loss {means['loss']:.4f}"
+        rate = self._images / max(time.monotonic() - self._began, 1e-9)
+        self._start()
+        return {**means, "images_per_s": round(rate, 1)}
+
+
+def _resume(setup: Experiment, out: Path, optimizer: Optimizer, report: Report) -> _Done:
+    """Load the newest checkpoint, where there is one."""
+    saved = checkpoints(out)
+    if not saved:
+        return _Done()
+    state = load_checkpoint(saved[-1], setup.objective, optimizer)
+    _check_identity(out, state.pop("identity"), setup)
+    report.stage(f"going on from {saved[-1].name}")
+    return _Done(**state)
+
+
+def _training_batches(setup: Experiment, start: int, stop: int, world: World) -> Iterator[Batch]:
+    batches = Batches(
+        setup.source,
+        train_transform(setup.view),
+        setup.order,
+        seed=setup.store.plan.seed if setup.store else setup.recipe.train.seed,
+        rows=SparseRows(setup.store) if setup.store else None,
+        skip_unreadable=setup.recipe.data.skip_unreadable,
+    )
+    for batch in load(batches, range(start, stop), setup.recipe.runtime.workers, world.device):
+        if len(batch) == 0:
+            raise DistillError(f"{batch.skipped[0]}; no image of its batch could be decoded")
+        yield batch
+
+
+def _validate(setup: Experiment, world: World, signals: Signals) -> Accuracy:
+    """The student's accuracy on all validation images, in fp32 as `distill eval` has it."""
+    assert setup.val is not None
+    config = setup.recipe
+    order = ListingOrder(np.arange(len(setup.val)), config.eval.batch_size, world.rank, world.size)
+    batches = Batches(setup.val, eval_transform(setup.view), order, skip_unreadable=config.data.skip_unreadable)
+    loaded = load(batches, range(order.batches), config.runtime.workers, world.device)
+    student = setup.objective.student.eval()
+    with Report(quiet=True).progress("", 0) as progress:
+        return measure_accuracy(student, _until(signals, loaded, world), setup.classes, world, "fp32", progress)
+
+
+def _until(signals: Signals, batches: Iterator[Batch], world: World) -> Iterator[Batch]:
+    """Break off a validation on a signal: its checkpoint is saved, and the next attempt begins with it."""
+    for batch in batches:
+        if signals.received and world.size == 1:
+            raise stopped(signals.received, "while validating, after saving; the same command goes on")
+        yield batch
+
+
+def _finish(setup: Experiment, out: Path, done: _Done, world: World, report: Report) -> Summary:
+    """Write the student and, last, the result."""
+    final = last_validation(out) or {}
+    summary = Summary(
+        status="done",
+        run=str(out),
+        steps=setup.steps,
+        epochs=setup.epochs,
+        top1=final.get("top1"),
+        top5=final.get("top5"),
+        images_per_s=round(done.images / max(done.train_s, 1e-9), 1),
+        wall_s=round(done.wall_s_now(), 2),
+        nll=final.get("nll"),
+        ece=final.get("ece"),
+        parameters_m=parameters_in_millions(setup.objective.student),
+        skipped=done.skipped,
+    )
+    if world.is_main:
+        save_student(out / STUDENT, setup.objective.student, _card(setup, summary))
+        write_json(out / RESULT, {**asdict(summary), "identity": setup.identity})
+    report.stage(f"{out}: finished")
+    return summary
+
+
+def _card(setup: Experiment, summary: Summary) -> Card:
+    plan = setup.store.plan if setup.store else None
+    view, recipe = setup.view, setup.recipe
+    assert recipe.objective is not None
+    assert recipe.student.name is not None
+    classes = plan.teacher["classes"] if plan else setup.source.classes
+    return Card(
+        student=timm_name(recipe.student.name),
+        arguments=setup.arguments,
+        num_classes=setup.classes,
+        classes=classes and tuple(classes),
+        input={
+            "input_size": (3, view.image_size, view.image_size),
+            "mean": view.mean,
+            "std": view.std,
+            "interpolation": view.interpolation,
+            "crop_pct": view.crop_pct,
+        },
+        recipe_sha256=recipe_fingerprint(recipe),
+        data_fingerprint=sha256(canonical_json(fingerprint(setup.source))),
+        objective=recipe.objective.name,
+        teacher=plan.teacher["name"] if plan else None,
+        store=plan.sha256 if plan else None,
+        top1=summary.top1,
+        top5=summary.top5,
+        software=versions(),
+    )
+
+
+def _numbers(accuracy: Accuracy) -> dict[str, float]:
+    return {name: getattr(accuracy, name) for name in ("top1", "top5", "nll", "ece", "images")}
+
+
+def _finished(setup: Experiment, out: Path) -> Summary | None:
+    """The summary of a finished run; None where there is none, or it is under way.
+
+    Raises:
+        MismatchError: the directory holds a run of another recipe; the fields are named.
+    """
+    if not (out / RECIPE).exists():
+        return None
+    there = load_recipe(str(out / RECIPE)).recipe
+    differing = differences(there, setup.recipe)
+    if differing:
+        shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
+        raise MismatchError(f"{out}: holds a run of another recipe ({shown}: there, asked); choose another --out")
+    if not (out / RESULT).exists():
+        return None
+    result = json.loads((out / RESULT).read_text())
+    _check_identity(out, result.pop("identity"), setup)
+    return Summary(**{**result, "status": "already_done", "run": str(out)})
+
+
+def _check_identity(out: Path, there: dict[str, Any], setup: Experiment) -> None:
+    for what, value in setup.identity.items():
+        if there[what] != value:
+            raise MismatchError(
+                f"{out}: began with another {what} ({_short(there[what])} there, {_short(value)} asked); "
+                "choose another --out"
+            )
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else canonical_json(value)[:60]
