@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill_cli.errors import DamagedError
-from distill_cli.files import canonical_json, write_atomic
+from distill_cli.files import canonical_json
+from distill_cli.tensors import save_tensors
 
 FOLDER = "checkpoints"
 
@@ -26,11 +27,10 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"
-    write_atomic(path, save(tensors, metadata={"format": "pt", "state": canonical_json({**state, "step": step})}))
+    save_tensors(path, tensors, {"state": canonical_json({**state, "step": step})})
     for older in checkpoints(run):
         if older != path:
             older.unlink()

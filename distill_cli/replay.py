@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill_cli.data.sources import Source, check_classes, fingerprint
-from distill_cli.data.views import Transform, checksum, replay
+from distill_cli.data.views import Transform, checksum
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved
 from distill_cli.software import versions
@@ -46,7 +46,7 @@ def prove_replay(store: Store, source: Source, transform: Transform) -> int:
         opened = store.shard(view, shard)
         for sample_id, expected in zip(opened.rows.sample_id.tolist(), opened.probe_crc.tolist(), strict=False):
             with preserved():
-                found = checksum(replay(transform, source.read(sample_id), plan.seed, view, sample_id))
+                found = checksum(transform([source.read(sample_id)], plan.seed, view, [sample_id])[0])
             if found != expected:
                 raise MismatchError(
                     f"store {store.path}: view {view} of {source.keys[sample_id]} does not replay to the pixels that "

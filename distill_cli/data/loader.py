@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distill_cli.data.sources import Source, UnreadableImage
-from distill_cli.data.views import Transform, replay
+from distill_cli.data.views import Transform
 from distill_cli.errors import DistillError
 from distill_cli.randomness import derive, preserved
 from distill_cli.sparse import SparseLogits
@@ -141,21 +141,21 @@ class Batches(Dataset["Batch | DistillError"]):
     def load(self, number: int) -> Batch:
         view, wanted = self.order(number)
         images, ids, skipped = [], [], []
+        for sample_id in wanted.tolist():
+            try:
+                images.append(self.source.read(sample_id))
+            except UnreadableImage as error:
+                if not self.skip_unreadable:
+                    raise
+                skipped.append(str(error))
+                continue
+            ids.append(sample_id)
         with preserved():
-            for sample_id in wanted.tolist():
-                try:
-                    image = self.source.read(sample_id)
-                except UnreadableImage as error:
-                    if not self.skip_unreadable:
-                        raise
-                    skipped.append(str(error))
-                    continue
-                images.append(replay(self.transform, image, self.seed, view, sample_id))
-                ids.append(sample_id)
+            inputs = self.transform(images, self.seed, view, ids) if images else torch.empty(0)
         sample_ids = np.array(ids, np.int64)
         labels = np.full(len(ids), -1) if self.source.labels is None else self.source.labels[sample_ids]
         return Batch(
-            images=torch.stack(images) if images else torch.empty(0),
+            images=inputs,
             labels=torch.from_numpy(labels),
             sample_ids=sample_ids,
             view=view,

@@ -5,13 +5,16 @@ torchvision replays without anything stored. (TinyViT stores a seed a sample and
 vendored transforms, which misses those that draw elsewhere; FKD stores crop boxes and knows no other transform.)
 """
 
+import random
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
 
@@ -19,7 +22,6 @@ from distill_cli.config import Colour, Fraction, Natural, NonNegative, Positive,
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import derive, seed_everything
 
-Transform = Callable[[Image.Image], Tensor]
 Augment = Literal["none", "rrc", "pad-crop"]
 SMALL = 32
 """Up to this side in pixels an image is small: padded and cropped rather than zoomed into, and evaluated whole."""
@@ -127,23 +129,65 @@ def said(config: DataConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+@dataclass(frozen=True)
+class Transform:
+    """What makes a model's inputs of images: pixels one by one, then the arithmetic of the whole batch."""
+
+    pixels: Callable[[Image.Image], Tensor]
+    """RGB image -> uint8 `[3, size, size]`."""
+    mean: Colour
+    std: Colour
+    erase: Callable[[Tensor], Tensor] | None = None
+    """Normalised `[3, size, size]` -> the same, perhaps with a box of noise."""
+
+    def __call__(self, images: Sequence[Image.Image], seed: int, view: int, sample_ids: Sequence[int]) -> Tensor:
+        """The inputs that view number `view` makes of some samples: float32 `[batch, 3, size, size]`, normalised.
+
+        Each depends on (seed, view, sample id) alone. The generators are left seeded.
+        """
+        pixels = []
+        for image, sample_id in zip(images, sample_ids, strict=True):
+            seed_everything(derive("view", seed, view, sample_id))
+            pixels.append(self.pixels(image))
+        mean, std = (torch.tensor(colour).view(3, 1, 1) for colour in (self.mean, self.std))
+        inputs = torch.stack(pixels).float().div_(255).sub_(mean).div_(std)
+        if self.erase is not None:
+            for place, sample_id in enumerate(sample_ids):
+                seed_everything(derive("erase", seed, view, sample_id))
+                inputs[place] = self.erase(inputs[place])
+        return inputs
+
+
+class PadCrop:
+    """A crop of `size` px from the image with `padding` px of black around it: the augmentation of small images."""
+
+    def __init__(self, size: int, padding: int, interpolation: str) -> None:
+        self.size, self.padding = size, padding
+        self.resize = transforms.Resize((size, size), transforms.InterpolationMode(interpolation))
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        image = image if image.size == (self.size, self.size) else self.resize(image)
+        x, y = (random.randint(-self.padding, self.padding) for _ in range(2))
+        return image.crop((x, y, x + self.size, y + self.size))
+
+
 def eval_transform(view: View) -> Transform:
-    """Resize and centre crop, as timm evaluates: float32 `[3, size, size]`, normalised."""
-    return create_transform(
+    """Resize and centre crop, as timm evaluates."""
+    pixels = create_transform(
         view.image_size,
         is_training=False,
         interpolation=view.interpolation,
-        mean=view.mean,
-        std=view.std,
         crop_pct=view.crop_pct,
+        normalize=False,
     )
+    return Transform(pixels, view.mean, view.std)
 
 
 def train_transform(view: View) -> Transform:
-    """The view's augmentation: float32 `[3, size, size]`, normalised."""
+    """The view's augmentation: timm's, and `PadCrop` for small images."""
     if view.augment == "none":
         return eval_transform(view)
-    transform = create_transform(
+    pixels = create_transform(
         view.image_size,
         is_training=True,
         scale=view.scale,
@@ -153,21 +197,12 @@ def train_transform(view: View) -> Transform:
         auto_augment=view.auto_augment or None,
         interpolation=view.interpolation,
         mean=view.mean,
-        std=view.std,
-        re_prob=view.reprob,
-        re_mode="pixel",
+        normalize=False,
     )
     if view.augment == "pad-crop":
-        interpolation = transforms.InterpolationMode(view.interpolation)
-        crop = transforms.RandomCrop(view.image_size, padding=view.padding)
-        transform.transforms[0] = transforms.Compose([transforms.Resize(view.image_size, interpolation), crop])
-    return transform
-
-
-def replay(transform: Transform, image: Image.Image, seed: int, view: int, sample_id: int) -> Tensor:
-    """The input that view number `view` makes of a sample: float32 `[3, size, size]`."""
-    seed_everything(derive("view", seed, view, sample_id))
-    return transform(image)
+        pixels.transforms[0] = PadCrop(view.image_size, view.padding, view.interpolation)
+    erase = RandomErasing(view.reprob, mode="pixel", device="cpu") if view.reprob else None
+    return Transform(pixels, view.mean, view.std, erase)
 
 
 def checksum(image: Tensor) -> int:

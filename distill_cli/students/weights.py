@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from distill_cli.errors import DamagedError, MismatchError, UsageError
-from distill_cli.files import canonical_json, write_atomic
+from distill_cli.files import canonical_json
+from distill_cli.tensors import save_tensors
 
 STUDENT = "student.safetensors"
 
@@ -51,9 +52,8 @@ class Card:
 
 def save_student(path: Path, model: nn.Module, card: Card) -> None:
     """Write a model's weights with their card, atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {key: _as_text(value) for key, value in asdict(card).items() if value is not None}
-    write_atomic(path, save(tensors, metadata={"format": "pt", **metadata}))
+    save_tensors(path, model.state_dict(), metadata)
 
 
 def read_card(path: Path) -> Card | None:

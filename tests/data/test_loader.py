@@ -1,0 +1,226 @@
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill_cli.data.idx import ArraySource
+from distill_cli.data.loader import Batch, Batches, ListingOrder, Order, TrainingOrder, load
+from distill_cli.data.sources import Source, UnreadableImage, open_source, without_labels
+from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
+from distill_cli.errors import DistillError
+from distill_cli.replay import SparseRows
+from distill_cli.store.plan import Plan
+from distill_cli.store.reader import Store
+from distill_cli.store.writer import StoreWriter
+
+CPU = torch.device("cpu")
+SIZES = st.integers(1, 200)
+
+
+@pytest.fixture(scope="module")
+def source(image_folder: Path) -> Source:
+    found = open_source(str(image_folder), "train")
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def transform() -> Transform:
+    model = {"input_size": (3, 24, 24), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    config = DataConfig(augment="rrc", auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5)
+    return train_transform(resolve_view(config, {**model, "crop_pct": 1.0}))
+
+
+@pytest.fixture(scope="module")
+def batches(source: Source, transform: Transform) -> Batches:
+    return Batches(source, transform, TrainingOrder(np.arange(18), 4, seed=1, views=2), seed=3)
+
+
+def _loaded(batches: Batches, numbers: range, workers: int = 0) -> list[Batch]:
+    return list(load(batches, numbers, workers, CPU))
+
+
+def _same(one: Batch, other: Batch) -> bool:
+    return (
+        torch.equal(one.images, other.images)
+        and torch.equal(one.labels, other.labels)
+        and np.array_equal(one.sample_ids, other.sample_ids)
+        and one.view == other.view
+    )
+
+
+def _epoch(order: TrainingOrder, epoch: int) -> np.ndarray:
+    return np.concatenate([order(epoch * order.steps_per_epoch + step)[1] for step in range(order.steps_per_epoch)])
+
+
+# Orders.
+
+
+@given(SIZES, SIZES, st.integers(0, 5))
+def test_an_epoch_has_each_sample_once_but_for_the_remainder(count: int, batch_size: int, epoch: int) -> None:
+    ids = np.arange(count) * 3
+    seen = _epoch(TrainingOrder(ids, batch_size, seed=0, views=1), epoch)
+    assert len(set(seen.tolist())) == len(seen)
+    assert set(seen.tolist()) <= set(ids.tolist())
+    assert count - len(seen) == (count % batch_size if count >= batch_size else 0)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    one, same, other = (TrainingOrder(np.arange(50), 7, seed, views=1) for seed in (1, 1, 2))
+    assert np.array_equal(_epoch(one, 3), _epoch(same, 3))
+    assert not np.array_equal(_epoch(one, 3), _epoch(one, 4))
+    assert not np.array_equal(_epoch(one, 3), _epoch(other, 3))
+
+
+@given(SIZES, SIZES, st.integers(0, 400), st.integers(1, 3))
+def test_slices_of_the_ranks_are_the_global_batch(count: int, batch_size: int, step: int, ranks: int) -> None:
+    def batch(rank: int, world_size: int) -> np.ndarray:
+        return TrainingOrder(np.arange(count), batch_size, 0, 1, rank, world_size)(step)[1]
+
+    assert np.array_equal(np.concatenate([batch(rank, ranks) for rank in range(ranks)]), batch(0, 1))
+    assert len(batch(0, 1)) == TrainingOrder(np.arange(count), batch_size, 0, 1).images_per_step
+
+
+@given(st.integers(1, 4), st.integers(0, 100))
+def test_epoch_e_reads_view_e_mod_views(views: int, step: int) -> None:
+    order = TrainingOrder(np.arange(30), 10, seed=0, views=views)
+    assert order(step)[0] == step // 3 % views
+
+
+@given(SIZES, SIZES, st.integers(1, 4))
+def test_a_listing_is_covered_exactly_by_any_batches_and_ranks(count: int, batch_size: int, ranks: int) -> None:
+    seen: list[int] = []
+    for rank in range(ranks):
+        order = ListingOrder(np.arange(count) * 2, batch_size, rank, ranks)
+        parts = [order(number) for number in range(order.batches)]
+        assert all(view == 0 and 0 < len(ids) <= batch_size for view, ids in parts)
+        seen += [i for _, ids in parts for i in ids.tolist()]
+    assert sorted(seen) == [2 * i for i in range(count)]
+
+
+# Batches.
+
+
+def test_a_batch_holds_its_samples_labels_and_view(batches: Batches, source: Source) -> None:
+    batch = batches.load(5)
+    view, ids = batches.order(5)
+    assert source.labels is not None
+    assert (batch.view, batch.sample_ids.tolist()) == (view, ids.tolist())
+    assert batch.labels.tolist() == source.labels[ids].tolist()
+    assert (batch.labels.dtype, batch.images.shape) == (torch.int64, (4, 3, 24, 24))
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(batches: Batches, source: Source, transform: Transform) -> None:
+    ids = batches.order(2)[1]
+    alone = Batches(source, transform, lambda number: (0, ids[number : number + 1]), seed=3)
+    assert torch.equal(batches.load(2).images, torch.cat([alone.load(i).images for i in range(4)]))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_batches(batches: Batches, workers: int) -> None:
+    expected, found = _loaded(batches, range(6)), _loaded(batches, range(6), workers)
+    assert len(found) == 6
+    assert all(_same(one, other) for one, other in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("start", [1, 7])
+def test_loading_can_start_anywhere(batches: Batches, start: int) -> None:
+    whole, rest = _loaded(batches, range(9)), _loaded(batches, range(start, 9))
+    assert all(_same(one, other) for one, other in zip(whole[start:], rest, strict=True))
+
+
+def test_batches_leave_the_generators_alone(batches: Batches) -> None:
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    batches.load(0)
+    assert random.getstate() == before[0]
+    assert all(np.array_equal(one, other) for one, other in zip(np.random.get_state(), before[1], strict=True))
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_data_without_labels_has_label_minus_one(batches: Batches, source: Source, transform: Transform) -> None:
+    bare = Batches(without_labels(source), transform, batches.order, seed=3)
+    assert bare.load(0).labels.tolist() == [-1] * 4
+    assert torch.equal(bare.load(0).images, batches.load(0).images)
+
+
+def test_images_of_an_array_load_without_a_warning(images: ArraySource, transform: Transform) -> None:
+    batch = _loaded(Batches(images, transform, ListingOrder(np.arange(3), 2)), range(2))[-1]
+    assert (len(batch), batch.sample_ids.tolist()) == (1, [2])
+
+
+def test_a_batch_moves_with_its_teacher(
+    tmp_path: Path,
+    source: Source,
+    transform: Transform,
+    make_plan: Callable[..., Plan],
+    fill_store: Callable[..., StoreWriter],
+) -> None:
+    fill_store(tmp_path, make_plan(samples=18, views=2))
+    rows = SparseRows(Store(tmp_path))
+    order = TrainingOrder(np.arange(18), 6, seed=0, views=2)
+    for number, batch in enumerate(_loaded(Batches(source, transform, order, rows=rows), range(2, 5), workers=1), 2):
+        expected = rows(*order(number))
+        assert batch.teacher is not None
+        assert torch.equal(batch.to(CPU).teacher.class_id, expected.class_id)  # type: ignore[union-attr]
+        assert torch.equal(batch.teacher.log_tail, expected.log_tail)
+
+
+# What goes wrong.
+
+
+@pytest.fixture
+def damaged(image_folder: Path, tmp_path: Path) -> Source:
+    """The images, sample 1 of which is empty."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    source = open_source(str(tmp_path / "images"), "train")
+    assert source is not None
+    (tmp_path / "images" / "train" / source.keys[1]).write_bytes(b"")
+    return source
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_ends_the_work_with_its_one_line(
+    damaged: Source, transform: Transform, workers: int
+) -> None:
+    batches = Batches(damaged, transform, ListingOrder(np.arange(18), 6))
+    with pytest.raises(UnreadableImage, match=f"{damaged.keys[1]}: cannot be decoded") as caught:
+        _loaded(batches, range(3), workers)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_can_be_skipped_and_is_counted(damaged: Source, transform: Transform, workers: int) -> None:
+    order = ListingOrder(np.arange(18), 6)
+    loaded = _loaded(Batches(damaged, transform, order, skip_unreadable=True), range(3), workers)
+    whole = Batches(damaged, transform, lambda _: (0, np.array([0, 2, 3, 4, 5]))).load(0)
+    assert [len(batch.skipped) for batch in loaded] == [1, 0, 0]
+    assert damaged.keys[1] in loaded[0].skipped[0]
+    assert _same(loaded[0], whole)
+
+
+def test_a_batch_of_unreadable_images_only_is_empty(damaged: Source, transform: Transform) -> None:
+    only: Order = lambda _: (0, np.array([1]))  # noqa: E731
+    batch = Batches(damaged, transform, only, skip_unreadable=True).load(0)
+    assert (len(batch), len(batch.labels), len(batch.skipped)) == (0, 0, 1)
+
+
+class _Dying(ArraySource):
+    """A source whose worker is killed, as by the kernel when memory runs out."""
+
+    def read(self, sample_id: int) -> object:  # type: ignore[override]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_an_error_of_one_line(images: ArraySource, transform: Transform) -> None:
+    dying = _Dying(images.images, images.labels, images.classes)
+    with pytest.raises(DistillError, match=r"worker .* Run the same command again to go on") as caught:
+        _loaded(Batches(dying, transform, ListingOrder(np.arange(4), 2)), range(2), workers=1)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,185 @@
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+
+from distill_cli.data.idx import ArraySource
+from distill_cli.data.views import (
+    DataConfig,
+    Transform,
+    View,
+    checksum,
+    eval_transform,
+    resolve_view,
+    stored_view,
+    train_transform,
+)
+from distill_cli.errors import MismatchError
+from distill_cli.randomness import derive, preserved, seed_everything
+
+MODEL = {
+    "input_size": (3, 48, 48),
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+}
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "none": {"augment": "none"},
+    "rrc": {"augment": "rrc"},
+    "rrc bilinear": {"augment": "rrc", "interpolation": "bilinear", "scale": (0.5, 1.0)},
+    "pad-crop": {"augment": "pad-crop", "image_size": 28, "padding": 4},
+    "randaugment": {"auto_augment": "rand-m9-mstd0.5-inc1"},
+    "autoaugment": {"auto_augment": "original-mstd0.5"},
+    "augmix": {"auto_augment": "augmix-m5-w4-d2"},
+    "trivial": {"auto_augment": "3a"},
+    "color jitter": {"color_jitter": 0.4},
+    "erasing": {"reprob": 1.0},
+    "all": {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 1.0, "augment": "pad-crop"},
+}
+RANDOM = [name for name in AUGMENTATIONS if name != "none"]
+
+
+@pytest.fixture(autouse=True)
+def _generators() -> Iterator[None]:
+    """A transform leaves the generators seeded; its caller restores them."""
+    with preserved():
+        yield
+
+
+def _view(name: str) -> View:
+    return resolve_view(DataConfig(**AUGMENTATIONS[name]), MODEL)
+
+
+def _one(transform: Transform, picture: Image.Image, seed: int = 0, view: int = 0, sample_id: int = 0) -> torch.Tensor:
+    return transform([picture], seed, view, [sample_id])[0]
+
+
+def _inputs(view: View, pictures: list[Image.Image], batches: list[list[int]]) -> dict[int, np.ndarray]:
+    """The inputs of samples in these batches, the generators disturbed before each."""
+    transform, inputs = train_transform(view), {}
+    for ids in batches:
+        random.random(), np.random.random(ids[0]), torch.rand(3)
+        batch = transform([pictures[i % len(pictures)] for i in ids], 7, 1, ids)
+        inputs |= dict(zip(ids, batch.numpy(), strict=True))
+    return inputs
+
+
+@pytest.fixture(scope="module")
+def pictures(images: ArraySource) -> list[Image.Image]:
+    """8 real images, coloured, 60 x 40."""
+    mix = np.stack([np.roll(images.images[:8], 3 * c, axis=2) for c in range(3)], axis=-1)
+    return [Image.fromarray(image).resize((60, 40)) for image in mix]
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_view_replays_bitwise_in_another_order_and_other_batches(name: str, pictures: list[Image.Image]) -> None:
+    shuffled = random.Random(1).sample(range(12), 12)
+    one = _inputs(_view(name), pictures, [list(range(12))])
+    other = _inputs(_view(name), pictures, [shuffled[:5], shuffled[5:6], shuffled[6:]])
+    assert all(np.array_equal(one[i], other[i]) for i in one)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_view_replays_bitwise_in_another_process(
+    name: str, pictures: list[Image.Image], other_process: ProcessPoolExecutor
+) -> None:
+    here = _inputs(_view(name), pictures, [[3, 1]])
+    there = other_process.submit(_inputs, _view(name), pictures, [[1, 2], [3]]).result()
+    assert all(np.array_equal(here[i], there[i]) for i in here)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("axis", ["seed", "view", "sample_id"])
+def test_another_sample_view_or_seed_is_another_draw(name: str, axis: str, pictures: list[Image.Image]) -> None:
+    """Of eight draws, since two may coincide."""
+    transform = train_transform(_view(name))
+    assert len({checksum(_one(transform, pictures[0], **{axis: n})) for n in range(8)}) > 1
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_view_is_a_normalised_float_image(name: str, pictures: list[Image.Image]) -> None:
+    view = _view(name)
+    inputs = train_transform(view)(pictures[:2], 0, 0, [0, 1])
+    assert (inputs.dtype, tuple(inputs.shape)) == (torch.float32, (2, 3, view.image_size, view.image_size))
+    assert inputs.isfinite().all()
+
+
+@pytest.mark.parametrize("view", [0, 5])
+def test_no_augmentation_is_timms_own_evaluation_in_every_view(pictures: list[Image.Image], view: int) -> None:
+    config = resolve_data_config({}, model=timm.create_model("test_vit.r160_in1k"))
+    ours = train_transform(resolve_view(DataConfig(augment="none"), config))
+    theirs = create_transform(**config, is_training=False)
+    assert torch.equal(ours(pictures, 3, view, range(8)), torch.stack([theirs(picture) for picture in pictures]))
+
+
+def test_a_random_crop_is_timms_own_augmentation(pictures: list[Image.Image]) -> None:
+    view = _view("randaugment")
+    theirs = create_transform(
+        48, is_training=True, auto_augment=view.auto_augment, interpolation="bicubic", mean=view.mean, std=view.std
+    )
+    for i, picture in enumerate(pictures):
+        seed_everything(derive("view", 0, 2, i))
+        expected = theirs(picture)
+        assert torch.equal(_one(train_transform(view), picture, 0, 2, i), expected)
+
+
+def test_erasing_with_certainty_draws_noise_over_a_box(pictures: list[Image.Image]) -> None:
+    plain, erased = (_one(train_transform(replace(_view("rrc"), reprob=p)), pictures[0]) for p in (0.0, 1.0))
+    rows, columns = (plain != erased).any(0).nonzero().T
+    box = erased[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert (plain != erased).float().mean() < 0.5
+    assert (plain != erased).sum() == box.numel()
+
+
+def test_a_pad_crop_without_padding_or_flip_keeps_the_image(picture: Image.Image) -> None:
+    view = replace(_view("pad-crop"), padding=0, hflip=0.0, crop_pct=1.0)
+    assert torch.equal(_one(train_transform(view), picture), _one(eval_transform(view), picture))
+
+
+def test_a_pad_crop_shifts_the_image_over_black(picture: Image.Image) -> None:
+    view = replace(_view("pad-crop"), hflip=0.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    whole = torch.nn.functional.pad(_one(eval_transform(replace(view, crop_pct=1.0)), picture), (4,) * 4)
+    crops = [whole[:, y : y + 28, x : x + 28] for x in range(9) for y in range(9)]
+    shifts = [
+        [torch.equal(_one(train_transform(view), picture, sample_id=i), crop) for crop in crops] for i in range(40)
+    ]
+    assert all(any(row) for row in shifts)
+    assert len({row.index(True) for row in shifts}) > 20
+
+
+@pytest.mark.parametrize(("size", "augment"), [(28, "pad-crop"), (32, "pad-crop"), (33, "rrc"), (224, "rrc")])
+def test_small_images_are_padded_and_larger_ones_zoomed_into(size: int, augment: str) -> None:
+    assert resolve_view(DataConfig(image_size=size), MODEL).augment == augment
+
+
+def test_a_recipe_goes_before_the_model_and_the_model_before_defaults() -> None:
+    view = resolve_view(DataConfig(mean=(0.1, 0.2, 0.3), hflip=0.0), MODEL)
+    assert (view.mean, view.hflip, view.std, view.image_size) == ((0.1, 0.2, 0.3), 0.0, MODEL["std"], 48)
+    assert (view.scale, view.padding, view.reprob) == ((0.08, 1.0), 2, 0.0)
+
+
+def test_a_stored_view_is_taken_as_it_is() -> None:
+    view = _view("randaugment")
+    assert stored_view(DataConfig(auto_augment=view.auto_augment), asdict(view)) == view
+    assert stored_view(DataConfig(), {**asdict(view), "mean": list(view.mean)}) == view
+
+
+def test_asking_a_store_for_another_view_names_both_values() -> None:
+    with pytest.raises(MismatchError, match=r"data\.reprob: 0\.5 asked, the store has 0\.0; leave it out, or write"):
+        stored_view(DataConfig(reprob=0.5), asdict(_view("rrc")))
+
+
+def test_a_checksum_is_of_the_pixels_alone() -> None:
+    image = torch.arange(12, dtype=torch.float32).reshape(3, 2, 2)
+    assert checksum(image) == checksum(image.clone()) == checksum(image.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+    assert checksum(image) != checksum(image + 2**-20)
+    assert checksum(torch.zeros(3, 1, 1)) == 0x7BD5C66F

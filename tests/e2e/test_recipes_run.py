@@ -1,0 +1,33 @@
+"""Every shipped recipe runs, made small."""
+
+import pytest
+from conftest import run_json
+
+from distill_cli.shipped import recipes
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "tinyvit-21m-in1k": ("student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}",),
+    "tinyvit-21m-in22k": ("student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}",),
+    "deit-small-in1k": ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=7"),
+    "quickstart-teacher": (),
+    "quickstart-student": (),
+}
+
+
+def test_the_list_is_all_that_is_shipped():
+    assert SMALL.keys() == recipes().keys()
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_recipe(name, teacher, folder, tmp_path):
+    sets = [word for text in SMALL[name] for word in ("--set", text)]
+    common = ("--recipe", name, "--data", folder, "--image-size", "28", "--workers", "0", *sets)
+    store = ()
+    if name != "quickstart-teacher":
+        teach = ("--teacher", teacher, "--views", "2", "--top-k", "3", "--precision", "fp32")
+        assert run_json("teacher-logits", *common, *teach, "--out", tmp_path / "store")["rows"] == 1200
+        store = ("--store", tmp_path / "store")
+    train = ("--batch-size", "32", "--set", "train.steps=2")
+    assert run_json("train", *common, *store, *train, "--out", tmp_path / "run")["steps"] == 2

@@ -1,0 +1,179 @@
+"""What holds for every objective. To add one, enter its settings in CASES."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from small import CLASSES, make_batch, make_student, part
+from torch import Tensor
+
+from distill_cli.data.loader import Batch
+from distill_cli.distributed import World
+from distill_cli.objectives import OBJECTIVES, Objective, ObjectiveConfig, build
+from distill_cli.objectives.deit import DeiTConfig
+from distill_cli.objectives.supervised import SupervisedConfig
+from distill_cli.objectives.tinyvit import TinyViTConfig
+from distill_cli.sparse import SparseLogits, top_k
+
+CASES: dict[str, ObjectiveConfig] = {
+    "supervised": SupervisedConfig(),
+    "tinyvit": TinyViTConfig(temperature=2.0),
+    "deit": DeiTConfig(),
+    "deit-soft": DeiTConfig(distillation="soft", temperature=2.0),
+}
+every_objective = pytest.mark.parametrize("case", CASES)
+
+
+def make(case: str, seed: int = 0) -> Objective:
+    """The objective around a fresh student, in training."""
+    return build(CASES[case], make_student(seed)).train()
+
+
+def gradients(objective: Objective, *batches: Batch) -> dict[str, Tensor]:
+    """Of the mean loss over the batches, by parameter."""
+    objective.zero_grad()
+    for batch in batches:
+        (objective(batch).total / len(batches)).backward()
+    return {name: parameter.grad.clone() for name, parameter in objective.named_parameters() if parameter.requires_grad}
+
+
+def other_labels(batch: Batch) -> Batch:
+    return replace(batch, labels=(batch.labels + 1) % CLASSES)
+
+
+def other_rows(batch: Batch) -> Batch:
+    return replace(batch, teacher=make_batch(len(batch), seed=2).teacher)
+
+
+def with_rows(batch: Batch, logits: Tensor) -> Batch:
+    return replace(batch, teacher=top_k(logits, 3))
+
+
+def test_every_objective_is_a_case() -> None:
+    assert {config.name for config in CASES.values()} == set(OBJECTIVES)
+
+
+@every_objective
+def test_the_losses_are_finite_scalars_and_the_parts_detached(case: str) -> None:
+    losses = make(case)(make_batch())
+    assert losses.parts
+    for loss in (losses.total, *losses.parts.values()):
+        assert loss.shape == ()
+        assert loss.isfinite()
+    assert not any(loss.requires_grad for loss in losses.parts.values())
+
+
+@every_objective
+def test_a_gradient_reaches_everything_that_is_trained_and_nothing_else(case: str) -> None:
+    objective = make(case)
+    objective(make_batch()).total.backward()
+    reached = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    assert reached >= {f"student.{name}" for name, _ in objective.student.named_parameters()}
+    assert all(objective.get_parameter(name).grad.any() for name in reached)
+
+
+@every_objective
+def test_no_gradient_reaches_the_teacher(case: str) -> None:
+    batch = make_batch()
+    assert batch.teacher is not None
+    rows = SparseLogits(
+        batch.teacher.class_id,
+        batch.teacher.log_prob.requires_grad_(),
+        batch.teacher.log_tail.requires_grad_(),
+    )
+    make(case)(replace(batch, teacher=rows)).total.backward()
+    assert rows.log_prob.grad is None
+    assert rows.log_tail.grad is None
+
+
+@every_objective
+def test_accumulating_two_halves_is_one_batch(case: str) -> None:
+    objective, batch = make(case), make_batch()
+    whole = gradients(objective, batch)
+    halves = gradients(objective, part(batch, 0, 4), part(batch, 4, 8))
+    torch.testing.assert_close(halves, whole, rtol=1e-6, atol=1e-6)
+
+
+@every_objective
+@pytest.mark.parametrize(("need", "change"), [("labels", other_labels), ("logits", other_rows)])
+def test_it_learns_from_what_it_needs_and_from_nothing_else(
+    case: str, need: str, change: Callable[[Batch], Batch]
+) -> None:
+    objective, batch = make(case), make_batch()
+    learns = not torch.equal(objective(batch).total, objective(change(batch)).total)
+    assert learns == (need in objective.needs)
+
+
+@every_objective
+def test_it_does_without_what_it_does_not_need(case: str) -> None:
+    objective, batch = make(case), make_batch()
+    if "labels" not in objective.needs:
+        batch = replace(batch, labels=torch.full_like(batch.labels, -1))
+    if "logits" not in objective.needs:
+        batch = replace(batch, teacher=None)
+    assert objective(batch).total.isfinite()
+
+
+@every_objective
+def test_its_state_is_all_there_is_of_it(case: str) -> None:
+    one, other, batch = make(case, seed=0), make(case, seed=1), make_batch()
+    assert not torch.equal(one(batch).total, other(batch).total)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(batch).total, other(batch).total)
+
+
+NEEDS = [(case, need) for case, config in CASES.items() for need in sorted(OBJECTIVES[config.name].needs)]
+
+
+@pytest.mark.parametrize(("case", "need"), NEEDS)
+def test_a_class_that_the_student_does_not_have_fails_loudly(case: str, need: str) -> None:
+    objective, batch = make(case), make_batch()
+    beyond = {
+        "labels": replace(batch, labels=batch.labels + CLASSES),
+        "logits": with_rows(batch, torch.arange(CLASSES + 3.0).expand(8, -1)),
+    }
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        objective(beyond[need])
+
+
+def two_steps(case: str, world: World) -> dict[str, Tensor]:
+    """The weights after two steps on this rank's half, or on all where there is one rank."""
+    objective = make(case)
+    model = world.wrap(objective)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    share = 8 // world.size
+    for seed in (1, 2):
+        batch = part(make_batch(seed=seed), world.rank * share, (world.rank + 1) * share)
+        optimizer.zero_grad()
+        model(batch).total.backward()
+        optimizer.step()
+    return objective.state_dict()
+
+
+def work_as_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    weights = {case: two_steps(case, World(torch.device("cpu"), rank, 2)) for case in CASES}
+    torch.save(weights, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    """By rank and case, the weights after two steps of two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    # A fork has torch and timm imported already; where CUDA is, autograd has threads that a fork would lose.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(work_as_rank, (str(folder),), nprocs=2, start_method=method)
+    return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@every_objective
+def test_two_ranks_are_one_process(case: str, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+    alone = two_steps(case, World(torch.device("cpu")))
+    for rank in ranks:
+        torch.testing.assert_close(rank[case], alone, rtol=1e-5, atol=1e-6)

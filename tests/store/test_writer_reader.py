@@ -1,0 +1,362 @@
+import errno
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill_cli.errors import DamagedError, MismatchError
+from distill_cli.store.exact import Rows
+from distill_cli.store.plan import PROBES, Plan, read_manifest
+from distill_cli.store.reader import Store
+from distill_cli.store.writer import StoreWriter, check_plan
+
+MakePlan = Callable[..., Plan]
+MakeRows = Callable[..., Rows]
+FillStore = Callable[..., StoreWriter]
+PROBE = np.arange(PROBES, dtype=np.uint32)
+SHARD = "view-000/shard-00001.h5"
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _same(one: Rows, other: Rows) -> bool:
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("class_id", "log_prob", "log_tail")
+    )
+
+
+def _expected(plan: Plan, make_rows: MakeRows, view: int, ids: np.ndarray) -> Rows:
+    """The rows that were written of some samples, found by brute force."""
+    shards = [make_rows(plan, view, shard) for shard in range(plan.shards)]
+    at = [int(np.flatnonzero(np.concatenate([rows.sample_id for rows in shards]) == i)[0]) for i in ids]
+    columns = {name: np.concatenate([getattr(rows, name) for rows in shards])[at] for name in vars(shards[0])}
+    half = columns["log_prob"].astype(np.float16)
+    return Rows(ids, columns["class_id"], half, columns["log_tail"].astype(np.float32))
+
+
+@pytest.fixture
+def store(tmp_path: Path, make_plan: MakePlan, fill_store: FillStore) -> Path:
+    fill_store(tmp_path / "store", make_plan())
+    return tmp_path / "store"
+
+
+@pytest.fixture(scope="module")
+def two_views(tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan, fill_store: FillStore) -> Store:
+    """103 samples, 11 shards a view."""
+    path = tmp_path_factory.mktemp("two-views")
+    fill_store(path, make_plan(samples=103, shard_rows=10, views=2))
+    return Store(path)
+
+
+# The writer.
+
+
+@pytest.mark.parametrize("finished", [0, 1, 5])
+def test_a_second_attempt_writes_what_is_missing_and_the_same_bytes(
+    tmp_path: Path, make_plan: MakePlan, fill_store: FillStore, finished: int
+) -> None:
+    plan, labels = make_plan(views=2), np.arange(10) % 5
+    fill_store(tmp_path / "one", plan, labels)
+    fill_store(tmp_path / "two", plan, labels, only=finished)
+    before = {path: path.stat().st_ino for path in (tmp_path / "two").rglob("*.h5")}
+    fill_store(tmp_path / "two", plan, labels)
+    assert _files(tmp_path / "two") == _files(tmp_path / "one")
+    assert {path: path.stat().st_ino for path in before} == before
+    assert len(before) == finished
+
+
+def test_a_new_store_has_its_plan_before_its_shards_and_no_manifest(tmp_path: Path, make_plan: MakePlan) -> None:
+    plan = make_plan()
+    writer = StoreWriter(tmp_path, plan)
+    assert _files(tmp_path) == {"plan.json": plan.text.encode()}
+    assert writer.missing() == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_what_a_killed_writer_left_half_written_is_removed(
+    tmp_path: Path, make_plan: MakePlan, fill_store: FillStore
+) -> None:
+    fill_store(tmp_path, make_plan(), only=2)
+    (tmp_path / "view-000" / ".tmp-shard-00002.h5").write_bytes(b"half")
+    writer = StoreWriter(tmp_path, make_plan())
+    assert sorted(_files(tmp_path)) == ["plan.json", "view-000/shard-00000.h5", SHARD]
+    assert writer.missing() == [(0, 2)]
+
+
+def test_a_shard_that_does_not_open_is_written_again(
+    tmp_path: Path, make_plan: MakePlan, fill_store: FillStore
+) -> None:
+    fill_store(tmp_path, make_plan(), only=2)
+    (tmp_path / SHARD).write_bytes((tmp_path / SHARD).read_bytes()[:-1])
+    assert StoreWriter(tmp_path, make_plan()).missing() == [(0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("only", [1, None])
+def test_another_plan_is_refused_and_its_fields_named(
+    tmp_path: Path, make_plan: MakePlan, fill_store: FillStore, only: int | None
+) -> None:
+    fill_store(tmp_path, make_plan(), only=only)
+    before = _files(tmp_path)
+    with pytest.raises(MismatchError, match=r"holds another store \(seed: 0, 1; top_k: 3, 2: there, asked\)") as caught:
+        StoreWriter(tmp_path, make_plan(seed=1, top_k=2))
+    assert caught.value.exit_code == 3
+    assert _files(tmp_path) == before
+
+
+def test_other_library_versions_are_the_same_store_only_when_it_is_complete(
+    tmp_path: Path, make_plan: MakePlan, fill_store: FillStore
+) -> None:
+    newer = make_plan(software={"torch": "2.8.0"})
+    fill_store(tmp_path, make_plan(), only=1)
+    with pytest.raises(MismatchError, match=r"software.torch: 2.7.0, 2.8.0"):
+        check_plan(tmp_path, newer)
+    fill_store(tmp_path, make_plan())
+    assert check_plan(tmp_path, newer) == read_manifest(tmp_path, make_plan())
+
+
+def test_a_complete_store_that_lost_a_shard_is_unfinished_again(store: Path, make_plan: MakePlan) -> None:
+    """The advice of the reader's errors, to run teacher-logits again, must help."""
+    assert check_plan(store, make_plan()) is not None
+    (store / SHARD).unlink()
+    assert check_plan(store, make_plan()) is None
+
+
+def test_a_complete_store_with_a_shard_cut_short_is_unfinished_again(store: Path, make_plan: MakePlan) -> None:
+    (store / SHARD).write_bytes((store / SHARD).read_bytes()[:100])
+    assert check_plan(store, make_plan()) is None
+
+
+def test_the_manifest_counts_the_teachers_hits(tmp_path: Path, make_plan: MakePlan) -> None:
+    plan = make_plan(samples=4, shard_rows=4, top_k=5)
+    writer = StoreWriter(tmp_path, plan, np.array([0, 1, 2, 3]))
+    class_id = np.array([[0, 1, 2, 3, 4]] * 4)
+    writer.write(0, 0, Rows(plan.dealing.sample_ids(0), class_id, np.zeros((4, 5)), np.zeros(4)), PROBE)
+    manifest = writer.finish()
+    assert (manifest.top1, manifest.top5) == (25.0, 100.0)
+    assert (manifest.rows, manifest.bytes) == (4, (tmp_path / manifest.shards[0].path).stat().st_size)
+
+
+def test_without_labels_the_manifest_claims_no_accuracy(store: Path, make_plan: MakePlan) -> None:
+    manifest = read_manifest(store, make_plan())
+    assert (manifest.top1, manifest.top5) == (None, None)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_full_disk_leaves_nothing_under_the_final_name(
+    tmp_path: Path,
+    make_plan: MakePlan,
+    make_rows: MakeRows,
+    fill_store: FillStore,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+) -> None:
+    writer = fill_store(tmp_path, make_plan(), only=1)
+    before = _files(tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        writer.write(0, 1, make_rows(writer.plan, 0, 1), PROBE)
+    assert _files(tmp_path) == before
+    assert writer.missing() == [(0, 1), (0, 2)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system of 64 KiB cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_really_full_disk_stops_the_writer_and_room_lets_it_go_on(
+    small_disk: Path, make_plan: MakePlan, make_rows: MakeRows, fill_store: FillStore
+) -> None:
+    plan = make_plan(samples=4000, shard_rows=1000)
+    with pytest.raises(OSError, match="No space left"):
+        fill_store(small_disk, plan)
+    there = _files(small_disk)
+    assert sorted(there) == ["plan.json", "view-000/shard-00000.h5", "view-000/shard-00001.h5"]
+    assert StoreWriter(small_disk, plan).missing() == [(0, 2), (0, 3)]
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    fill_store(small_disk, plan)
+    assert Store(small_disk).manifest.rows == 4000
+
+
+# The reader.
+
+
+@given(st.integers(0, 1), st.lists(st.integers(0, 102), max_size=60))
+def test_rows_come_in_any_order_and_as_often_as_asked(
+    two_views: Store, make_rows: MakeRows, view: int, ids: list[int]
+) -> None:
+    wanted = np.array(ids, np.int64)
+    rows = two_views.rows(view, wanted)
+    assert np.array_equal(rows.sample_id, wanted)
+    assert _same(rows, _expected(two_views.plan, make_rows, view, wanted))
+
+
+def test_a_skipped_sample_has_no_row_and_moves_no_other(
+    tmp_path: Path, make_plan: MakePlan, make_rows: MakeRows, fill_store: FillStore
+) -> None:
+    plan = make_plan()
+    skipped = (*plan.dealing.sample_ids(0)[[0, 2]].tolist(), int(plan.dealing.sample_ids(2)[-1]))
+    fill_store(tmp_path, plan, skip=skipped)
+    store = Store(tmp_path)
+    assert store.manifest.skipped == tuple(sorted(skipped))
+    assert sorted([*store.sample_ids, *skipped]) == list(range(10))
+    ids = store.sample_ids[::-1]
+    assert _same(store.rows(0, ids), _expected(plan, make_rows, 0, ids))
+    for sample in skipped:
+        with pytest.raises(DamagedError, match="no row for a sample that was asked for"):
+            store.rows(0, np.array([sample]))
+
+
+def test_a_shard_of_skipped_samples_only_is_empty(tmp_path: Path, make_plan: MakePlan, fill_store: FillStore) -> None:
+    plan = make_plan()
+    gone = plan.dealing.sample_ids(1)
+    fill_store(tmp_path, plan, skip=tuple(gone.tolist()))
+    store = Store(tmp_path)
+    assert len(store.rows(0, store.sample_ids)) == 6
+    with pytest.raises(DamagedError, match="no row"):
+        store.rows(0, gone[:1])
+
+
+@pytest.mark.parametrize("sample", [-1, 10, 2**40])
+def test_a_sample_beyond_the_data_has_no_row(store: Path, sample: int) -> None:
+    with pytest.raises(DamagedError, match="no row"):
+        Store(store).rows(0, np.array([sample]))
+
+
+def _read(store: Store, view: int, ids: np.ndarray) -> tuple[Rows, int]:
+    """Rows, and how many shards the store had open before."""
+    opened = len(store._open)
+    return store.rows(view, ids), opened
+
+
+def test_a_store_reads_in_a_spawned_process_and_takes_no_open_shard_along(
+    two_views: Store, other_process: ProcessPoolExecutor
+) -> None:
+    ids = np.arange(103)[::-7]
+    here = two_views.rows(1, ids)
+    there, opened = other_process.submit(_read, two_views, 1, ids).result()
+    assert _same(here, there)
+    assert opened == 0
+    assert len(pickle.dumps(two_views)) < 10_000
+
+
+def test_a_store_reads_in_a_forked_process(two_views: Store) -> None:
+    ids = np.arange(103)
+    here = two_views.rows(0, ids)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        assert _same(here, pool.submit(_read, two_views, 0, ids).result()[0])
+
+
+def _read_with_256_files(path: Path, samples: int) -> int:
+    """Read every row of a store as a shell does that allows 256 open files, macOS's default (Linux: 1,024)."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        return len(Store(path).rows(0, np.arange(samples)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_store_may_have_more_shards_than_a_process_has_files(
+    tmp_path: Path,
+    make_plan: MakePlan,
+    fill_store: FillStore,
+    other_process: ProcessPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """300 epochs of ImageNet are 24,000 shards."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    fill_store(tmp_path, make_plan(samples=300, shard_rows=1))
+    assert other_process.submit(_read_with_256_files, tmp_path, 300).result() == 300
+
+
+def test_shards_open_when_they_are_asked_for(store: Path, make_plan: MakePlan) -> None:
+    for number in (1, 2):
+        (store / f"view-000/shard-{number:05d}.h5").unlink()
+    assert len(Store(store).rows(0, make_plan().dealing.sample_ids(0))) == 4
+
+
+# Damage.
+
+
+@given(st.data())
+def test_one_flipped_bit_is_noticed_when_its_shard_is_first_asked_for(
+    two_views: Store, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("flipped") / "store"
+    shutil.copytree(two_views.path, path)
+    content = bytearray((path / SHARD).read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (path / SHARD).write_bytes(content)
+    store = Store(path)
+    assert len(store.rows(0, store.plan.dealing.sample_ids(0))) == 10
+    with pytest.raises(DamagedError):
+        store.rows(0, store.plan.dealing.sample_ids(1))
+
+
+def test_a_flipped_bit_of_a_value_is_told_by_its_checksum(store: Path) -> None:
+    content = bytearray((store / SHARD).read_bytes())
+    rows = Store(store).shard(0, 1).rows
+    content[bytes(content).index(rows.log_prob.tobytes())] ^= 1
+    (store / SHARD).write_bytes(content)
+    with pytest.raises(DamagedError, match="its sha256 is not the manifest's") as caught:
+        Store(store).shard(0, 1)
+    assert caught.value.exit_code == 4
+
+
+def test_shards_that_two_stores_swapped_are_refused(
+    store: Path, tmp_path: Path, make_plan: MakePlan, fill_store: FillStore
+) -> None:
+    fill_store(tmp_path / "other", make_plan(seed=1))
+    shutil.copy(tmp_path / "other" / SHARD, store / SHARD)
+    with pytest.raises(DamagedError, match=r"plan_sha256 is .* a shard of another store or place"):
+        Store(store).rows(0, np.arange(10))
+
+
+def test_shards_that_two_views_swapped_are_refused(tmp_path: Path, make_plan: MakePlan, fill_store: FillStore) -> None:
+    fill_store(tmp_path, make_plan(views=2))
+    shutil.copy(tmp_path / SHARD.replace("view-000", "view-001"), tmp_path / SHARD)
+    with pytest.raises(DamagedError, match="view is 1, not 0"):
+        Store(tmp_path).rows(0, np.arange(10))
+
+
+def test_a_manifest_of_another_store_is_refused(
+    store: Path, tmp_path: Path, make_plan: MakePlan, fill_store: FillStore
+) -> None:
+    fill_store(tmp_path / "other", make_plan(seed=1))
+    shutil.copy(tmp_path / "other" / "manifest.json", store)
+    with pytest.raises(DamagedError, match="belongs to store"):
+        Store(store)
+
+
+def test_a_shard_that_is_gone_is_named(store: Path) -> None:
+    (store / SHARD).unlink()
+    with pytest.raises(DamagedError, match=f"{SHARD}: missing; run the same"):
+        Store(store).rows(0, np.arange(10))
+
+
+def test_an_unfinished_store_does_not_open(tmp_path: Path, make_plan: MakePlan, fill_store: FillStore) -> None:
+    fill_store(tmp_path, make_plan(), only=2)
+    with pytest.raises(DamagedError, match="1 of 3 shards missing"):
+        Store(tmp_path)

@@ -1,0 +1,117 @@
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distill_cli.config import RuntimeConfig
+from distill_cli.distributed import Signals, World, find_device, stopped, world
+from distill_cli.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_the_work_goes_on(number: signal.Signals) -> None:
+    with Signals() as signals:
+        assert signals.received == 0
+        os.kill(os.getpid(), number)
+        assert signals.received == number
+
+
+def test_the_handlers_of_before_are_back_afterwards() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with contextlib.suppress(ZeroDivisionError), Signals():
+        assert [signal.getsignal(number) for number in numbers] != before
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_acts_at_once(number: signal.Signals) -> None:
+    child = os.fork()
+    if child == 0:
+        with Signals():
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_a_signal_ends_exits_as_a_shell_would_have_it(number: int, code: int) -> None:
+    error = stopped(number, "runs/a: saved at step 3")
+    assert error.exit_code == code
+    assert str(error) == f"{signal.Signals(number).name}: runs/a: saved at step 3"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gpu", "--device gpu: not a device; give auto, cpu, cuda or cuda:N"),
+        ("", "--device : not a device; give auto, cpu, cuda or cuda:N"),
+        ("meta", "--device meta: not supported; give auto, cpu, cuda or cuda:N"),
+        ("cuda:999", "--device cuda:999: "),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(name: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_device(name)
+    assert str(caught.value).startswith(said)
+
+
+def test_cuda_is_refused_with_advice_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="torch finds no CUDA here; give --device cpu, or see distill doctor"):
+        find_device("cuda")
+
+
+def test_auto_takes_the_cpu_where_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("auto") == CPU
+
+
+def test_one_process_alone_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with world(RuntimeConfig(device="cpu")) as alone:
+        assert alone == World(CPU, rank=0, size=1)
+        assert not dist.is_initialized()
+        assert alone.is_main
+        assert alone.agree(signal.SIGTERM) == signal.SIGTERM
+        assert alone.sum(torch.tensor([2.0])).tolist() == [2]
+
+
+def test_a_module_stays_as_it_is_in_a_world_of_one() -> None:
+    module = nn.Linear(1, 1)
+    assert World(CPU).wrap(module) is module
+
+
+def work_as_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    here = World(CPU, rank, 2)
+    here.barrier()
+    found = {
+        "is_main": here.is_main,
+        "agree": here.agree(signal.SIGTERM if rank else 0),
+        "quiet": here.agree(0),
+        "sum": here.sum(torch.tensor([1.0, rank], dtype=torch.float64)).tolist(),
+        "wrapped": isinstance(here.wrap(nn.Linear(1, 1)), DistributedDataParallel),
+    }
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_agree_on_a_signal_and_add_up(tmp_path: Path) -> None:
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(work_as_rank, (str(tmp_path),), nprocs=2, start_method=method)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert [rank.pop("is_main") for rank in ranks] == [True, False]
+    assert ranks == 2 * [{"agree": signal.SIGTERM, "quiet": 0, "sum": [2, 1], "wrapped": True}]
