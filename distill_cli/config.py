@@ -35,4 +35,8 @@ class RuntimeConfig:
     device: str = "auto"
     """`auto` (CUDA where it is), `cpu`, `cuda` or `cuda:N`."""
     workers: Natural | None = None
-    """Loader processes per rank; by default the cores there are, at most 8; 0 loads in the main process."""
+    """Loader processes per rank; 0 loads in the main process. By default all cores beside a GPU and a quarter of
+    them beside a model on the CPU, at least 1 and at most 8."""
+    threads: Positive | None = None
+    """torch's threads where the model is on the CPU; by default OMP_NUM_THREADS, else the cores that the loader
+    leaves. More threads than free cores wait for each other: measured 15 times slower."""

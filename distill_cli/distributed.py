@@ -25,6 +25,8 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    workers: int = 0
+    """Loader processes of this rank."""
 
     @property
     def is_main(self) -> bool:
@@ -68,14 +70,31 @@ def world(config: RuntimeConfig) -> Iterator[World]:
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = find_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    cores = len(os.sched_getaffinity(0))
+    workers = default_workers(device, cores) if config.workers is None else config.workers
+    if device.type == "cpu":
+        set_threads(config.threads, cores - workers)
     if size == 1:
-        yield World(device)
+        yield World(device, workers=workers)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(device, rank, size)
+        yield World(device, rank, size, workers)
     finally:
         dist.destroy_process_group()
+
+
+def default_workers(device: torch.device, cores: int) -> int:
+    """Loader processes where none are asked for: beside a GPU the loader may have every core."""
+    return max(1, min(8, cores if device.type == "cuda" else cores // 4))
+
+
+def set_threads(threads: int | None, free: int) -> None:
+    """Give torch the threads asked for, else those of OMP_NUM_THREADS, else the cores that are free."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, free))
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:

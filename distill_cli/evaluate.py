@@ -251,7 +251,7 @@ def _batches(opened: _Evaluation, world: World) -> Iterator[Batch]:
     config = opened.recipe
     order = ListingOrder(np.arange(len(opened.source)), config.eval.batch_size, world.rank, world.size)
     batches = Batches(opened.source, eval_transform(opened.view), order, skip_unreadable=config.data.skip_unreadable)
-    return load(batches, range(order.batches), config.runtime.workers, world.device)
+    return load(batches, range(order.batches), world.workers, world.device)
 
 
 def _stored_batches(opened: _Evaluation, store: Store, world: World) -> Iterator[Batch]:
@@ -261,7 +261,7 @@ def _stored_batches(opened: _Evaluation, store: Store, world: World) -> Iterator
     prove_replay(store, opened.stored, transform)
     order = ListingOrder(store.sample_ids, opened.recipe.eval.batch_size, world.rank, world.size)
     batches = Batches(opened.stored, transform, order, seed=store.plan.seed, rows=SparseRows(store))
-    return load(batches, range(order.batches), opened.recipe.runtime.workers, world.device)
+    return load(batches, range(order.batches), world.workers, world.device)
 
 
 def _fields(accuracy: Accuracy, opened: _Evaluation) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def _loaded(capture: _Capture, order: CaptureOrder, numbers: Iterator[int], worl
         seed=capture.plan.seed,
         skip_unreadable=capture.recipe.data.skip_unreadable,
     )
-    return load(batches, numbers, capture.recipe.runtime.workers, world.device)
+    return load(batches, numbers, world.workers, world.device)
 
 
 @torch.inference_mode()

@@ -308,7 +308,7 @@ def _training_batches(setup: Experiment, start: int, stop: int, world: World) ->
         rows=SparseRows(setup.store) if setup.store else None,
         skip_unreadable=setup.recipe.data.skip_unreadable,
     )
-    for batch in load(batches, range(start, stop), setup.recipe.runtime.workers, world.device):
+    for batch in load(batches, range(start, stop), world.workers, world.device):
         if len(batch) == 0:
             raise DistillError(f"{batch.skipped[0]}; no image of its batch could be decoded")
         yield batch
@@ -320,7 +320,7 @@ def _validate(setup: Experiment, world: World, signals: Signals) -> Accuracy:
     config = setup.recipe
     order = ListingOrder(np.arange(len(setup.val)), config.eval.batch_size, world.rank, world.size)
     batches = Batches(setup.val, eval_transform(setup.view), order, skip_unreadable=config.data.skip_unreadable)
-    loaded = load(batches, range(order.batches), config.runtime.workers, world.device)
+    loaded = load(batches, range(order.batches), world.workers, world.device)
     student = setup.objective.student.eval()
     with Report(quiet=True).progress("", 0) as progress:
         return measure_accuracy(student, _until(signals, loaded, world), setup.classes, world, "fp32", progress)

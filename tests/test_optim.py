@@ -72,6 +72,21 @@ def test_deit_decays_no_norm_bias_token_or_position() -> None:
     }  # fmt: skip
 
 
+class Speaking(nn.Module):
+    """Parameters of two dims, one of which it exempts by a part of its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.attention_biases, self.my_gate = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        return {"gate"}
+
+
+def test_attention_biases_and_what_a_student_exempts_itself_are_not_decayed() -> None:
+    assert groups(Speaking()) == ({"weight"}, {"attention_biases", "my_gate"})
+
+
 @pytest.mark.parametrize("name", ["tiny_vit_5m_224", "deit_tiny_distilled_patch16_224", "levit_128s", "resnet18"])
 def test_every_trained_parameter_is_in_exactly_one_group(name: str) -> None:
     with torch.device("meta"):

@@ -5,7 +5,6 @@ and nothing about it needs saving.
 """
 
 import functools
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -164,11 +163,11 @@ class Batches(Dataset["Batch | DistillError"]):
         )
 
 
-def load(batches: Batches, numbers: Iterable[int], workers: int | None, device: torch.device) -> Iterator[Batch]:
+def load(batches: Batches, numbers: Iterable[int], workers: int, device: torch.device) -> Iterator[Batch]:
     """Load the batches of these numbers, in order, ahead of use, onto a device.
 
     Args:
-        workers: processes that load; 0 loads in this one; None takes the cores there are, at most 8.
+        workers: processes that load; 0 loads in this one.
 
     Raises:
         DistillError: what a batch met, or a worker that died.
@@ -177,7 +176,7 @@ def load(batches: Batches, numbers: Iterable[int], workers: int | None, device: 
         batches,
         batch_size=None,
         sampler=numbers,
-        num_workers=default_workers() if workers is None else workers,
+        num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_main,
     )
@@ -194,10 +193,6 @@ def load(batches: Batches, numbers: Iterable[int], workers: int | None, device: 
         if isinstance(batch, DistillError):
             raise batch
         yield batch.to(device)
-
-
-def default_workers() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
 
 
 def _leave_signals_to_main(worker: int) -> None:

@@ -1,21 +1,24 @@
 """Whatever is wrong with what a command is given: its exit code, and one line that says where, what, and what to do."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import STUDENT, TRAIN, Cli, Made, Refused, capture
+from command_line import DISTIL, TRAIN, Cli, Made, Refused, capture
 from PIL import Image
 
+from distill_cli.data.loader import Batch
 from distill_cli.files import locked
+from distill_cli.objectives import Losses
+from distill_cli.objectives.supervised import Supervised
 from distill_cli.students.build import create
 
 TINY = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
 KWARGS = ("--set", "teacher.kwargs={layers=[1,1,1,1],channels=[8,8,8,8]}")
-DISTIL = (*STUDENT, "--batch-size", "8", "--set", "train.steps=2", "--workers", "0")
-"""As TRAIN, the image size being the store's."""
 
 
 @pytest.fixture
@@ -329,6 +332,25 @@ def test_a_loss_that_is_not_finite_after_a_checkpoint(folder: Path, out: Path, r
     assert not (out / "result.json").exists()
 
 
+def test_a_run_that_fails_closes_its_metrics(folder: Path, out: Path, refused: Refused) -> None:
+    refused(1, "train", *TRAIN, *EXPLODE, "--data", folder, "--out", out)
+    held = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [path for path in held if path.is_relative_to(out)]
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
+    folder: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Supervised, batch: Batch) -> Losses:
+        logits = self.student(batch.images)
+        return Losses(logits.mean() + (0 * logits.sum()).sqrt(), {})
+
+    monkeypatch.setattr(Supervised, "forward", forward)
+    said = refused(1, "train", *TRAIN, "--set", "train.save_every=1", "--data", folder, "--out", out)
+    assert "not finite at step 1 " in said
+    assert not list((out / "checkpoints").glob("*"))
+
+
 def test_unlabelled_images_without_a_store(folder: Path, out: Path, refused: Refused) -> None:
     said = refused(2, "train", *TRAIN, "--data", folder / "train" / "bag", "--out", out)
     assert "has no labels; give a --store to learn from, or class folders" in said
@@ -346,6 +368,16 @@ def test_nothing_to_evaluate(folder: Path, tmp_path: Path, refused: Refused) -> 
     assert "nothing to evaluate: give a run directory" in refused(2, "eval", "--data", folder)
     assert "no such run directory" in refused(2, "eval", tmp_path / "none", "--data", folder)
     assert "not a finished run" in refused(4, "eval", tmp_path, "--data", folder)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_work_has_begun(
+    number: signal.Signals, code: int, folder: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "manual_seed", lambda _: os.kill(os.getpid(), number))
+    said = refused(code, "train", *TRAIN, "--data", folder, "--out", out)
+    assert said.startswith(f"{number.name}: stopped")
+    assert said.endswith("; the same command goes on")
 
 
 def test_a_traceback_is_shown_only_to_who_debugs(

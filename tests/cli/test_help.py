@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import Cli
+from command_line import Cli
 
 from distill_cli import __version__
 from distill_cli.cli import app

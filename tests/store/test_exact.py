@@ -1,4 +1,6 @@
 import contextlib
+import multiprocessing
+import signal
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -113,14 +115,24 @@ def test_a_shard_cut_short_anywhere_is_damaged(shard: tuple[Plan, bytes], data: 
         _opened(content[: data.draw(st.integers(0, len(content) - 1))], plan)
 
 
-@given(st.data())
-def test_any_flipped_bits_open_or_are_damage_and_never_crash(shard: tuple[Plan, bytes], data: st.DataObject) -> None:
+def _open_with_each_byte_flipped(content: bytes, plan: Plan, path: Path) -> None:
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 0x80
+        path.write_bytes(flipped)
+        signal.alarm(5)  # HDF5 loops without end over some damage, deaf to all but the default action
+        with contextlib.suppress(DamagedError):
+            assert open_shard(path, plan, 0, 0).rows.class_id.shape[1] == plan.top_k
+    signal.alarm(0)
+
+
+def test_no_flipped_byte_hangs_or_crashes(tmp_path: Path, shard: tuple[Plan, bytes]) -> None:
     plan, content = shard
-    flipped = bytearray(content)
-    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
-        flipped[place] ^= data.draw(st.integers(1, 255))
-    with contextlib.suppress(DamagedError):
-        assert _opened(bytes(flipped), plan).rows.class_id.shape[1] == plan.top_k
+    arguments = (content, plan, tmp_path / "shard.h5")
+    process = multiprocessing.get_context("fork").Process(target=_open_with_each_byte_flipped, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_the_error_of_an_unreadable_shard_is_one_line(tmp_path: Path, make_plan: MakePlan) -> None:
