@@ -1,6 +1,7 @@
 """An experiment: recipe, store, data and student, opened, checked against each other, and with nothing left open."""
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from distill_cli.data.sources import Source, check_classes, fingerprint, num_cla
 from distill_cli.data.views import View, resolve_view, stored_view
 from distill_cli.distributed import World
 from distill_cli.errors import MismatchError, UsageError
+from distill_cli.files import canonical_json, sha256
 from distill_cli.objectives import Objective, build
 from distill_cli.optim import default_lr
 from distill_cli.recipe import Recipe, update
+from distill_cli.recipe import fingerprint as recipe_fingerprint
 from distill_cli.replay import check_data
 from distill_cli.report import Report
+from distill_cli.software import versions
 from distill_cli.store.reader import Store
-from distill_cli.students.build import check_forward, constructor_arguments, create, input_config
+from distill_cli.students.build import check_forward, constructor_arguments, create, input_config, timm_name
+from distill_cli.students.weights import Card
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,39 @@ class Experiment:
     def _ends_at(self, step: int) -> bool:
         return step % self.order.steps_per_epoch == 0 or step == self.steps
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with besides the recipe."""
         return {"data": fingerprint(self.source), "store": self.store and self.store.plan.sha256}
+
+    def card(self, top1: float | None, top5: float | None) -> Card:
+        """What the weights of this experiment say of themselves."""
+        plan = self.store.plan if self.store else None
+        view, recipe = self.view, self.recipe
+        assert recipe.objective is not None
+        assert recipe.student.name is not None
+        classes = plan.teacher["classes"] if plan else self.source.classes
+        return Card(
+            student=timm_name(recipe.student.name),
+            arguments=self.arguments,
+            num_classes=self.classes,
+            classes=classes and tuple(classes),
+            input={
+                "input_size": (3, view.image_size, view.image_size),
+                "mean": view.mean,
+                "std": view.std,
+                "interpolation": view.interpolation,
+                "crop_pct": view.crop_pct,
+            },
+            recipe_sha256=recipe_fingerprint(recipe),
+            data_fingerprint=sha256(canonical_json(fingerprint(self.source))),
+            objective=recipe.objective.name,
+            teacher=plan.teacher["name"] if plan else None,
+            store=plan.sha256 if plan else None,
+            top1=top1,
+            top5=top5,
+            software=versions(),
+        )
 
 
 def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
@@ -76,7 +110,6 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     source = open_train(recipe.data)
     val = open_val(recipe.data)
     store = None if recipe.store.path is None else Store(Path(recipe.store.path))
-    objective_name = recipe.objective.name if recipe.objective else "tinyvit" if store else "supervised"
     if recipe.student.name is None:
         raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
     classes = _classes(recipe, source, val, store)
@@ -85,39 +118,50 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     size = _image_size(recipe, store)
     arguments = constructor_arguments(recipe.student, size)
     student = create(
-        recipe.student.name,
-        num_classes=classes,
-        arguments=arguments,
-        pretrained=recipe.student.pretrained,
+        recipe.student.name, num_classes=classes, arguments=arguments, pretrained=recipe.student.pretrained
     )
-    own = input_config(student, size)
-    view = stored_view(recipe.data, store.plan.transform) if store else resolve_view(recipe.data, own)
+    if store is not None:
+        view = stored_view(recipe.data, store.plan.transform)
+    else:
+        view = resolve_view(recipe.data, input_config(student, size))
     check_forward(student, recipe.student.name, view.image_size)
     order = _order(recipe, source, store, world)
-    epochs = recipe.train.epochs if recipe.train.steps is None else -(-recipe.train.steps // order.steps_per_epoch)
-    by = {f"data.{name}": ("store" if store else "student", value) for name, value in asdict(view).items()}
-    by |= {
-        "objective.name": ("store" if store else "no store", objective_name),
-        "student.num_classes": ("store" if store else "data", classes),
-        "student.img_size": ("store" if store else "student", view.image_size),
-        "train.lr": ("batch size", recipe.train.lr or default_lr(recipe.train.batch_size)),
-        "train.epochs": ("steps", epochs),
-        "train.warmup_epochs": ("epochs", _given(recipe.train.warmup_epochs, epochs / 20)),
-    }
-    settled = update(recipe, {path: value for path, (_, value) in by.items()})
+    settled, origins = _settle(recipe, store, view, order, classes)
     assert settled.objective is not None
     objective = build(settled.objective, student).to(world.device)
     _check_needs(objective, settled, source, store)
-    if len(source) < recipe.train.batch_size:
-        report.warn(
-            f"batch_size {recipe.train.batch_size} is more than the {len(source)} images: an epoch is one batch of all"
-        )
+    _warn(recipe, source, val, report)
+    return Experiment(settled, origins, source, val, store, view, objective, order, classes, arguments)
+
+
+def _settle(
+    recipe: Recipe, store: Store | None, view: View, order: TrainingOrder, classes: int
+) -> tuple[Recipe, dict[str, str]]:
+    """The recipe with nothing left open, and what decided each value that was."""
+    train, by = recipe.train, "store" if store else "student"
+    epochs = train.epochs if train.steps is None else -(-train.steps // order.steps_per_epoch)
+    warmup = epochs / 20 if train.warmup_epochs is None else train.warmup_epochs
+    objective = recipe.objective.name if recipe.objective else "tinyvit" if store else "supervised"
+    decided = {f"data.{name}": (by, value) for name, value in asdict(view).items()} | {
+        "objective.name": ("store" if store else "no store", objective),
+        "student.num_classes": ("store" if store else "data", classes),
+        "student.img_size": (by, view.image_size),
+        "train.lr": ("batch size", train.lr or default_lr(train.batch_size)),
+        "train.epochs": ("steps", epochs),
+        "train.warmup_epochs": ("epochs", warmup),
+    }
+    settled = update(recipe, {path: value for path, (_, value) in decided.items()})
+    return settled, {path: origin for path, (origin, _) in decided.items()}
+
+
+def _warn(recipe: Recipe, source: Source, val: Source | None, report: Report) -> None:
+    batch_size = recipe.train.batch_size
+    if len(source) < batch_size:
+        report.warn(f"--batch-size {batch_size}: is more than the {len(source)} images; an epoch is one batch of all")
     if val is None:
         report.warn(
             f"--data {recipe.data.path}: has no validation split, so accuracy is not measured; data.val names one"
         )
-    origins = {path: origin for path, (origin, _) in by.items()}
-    return Experiment(settled, origins, source, val, store, view, objective, order, classes, arguments)
 
 
 def _classes(recipe: Recipe, source: Source, val: Source | None, store: Store | None) -> int:
@@ -174,7 +218,3 @@ def _check_needs(objective: Objective, recipe: Recipe, source: Source, store: St
         raise UsageError(f"objective {name}: learns from a store; give --store, or --objective supervised")
     if "labels" in objective.needs and source.labels is None:
         raise UsageError(f"objective {name}: learns from labels, which --data {recipe.data.path} has not; use tinyvit")
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value

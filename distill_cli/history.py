@@ -1,10 +1,17 @@
 """A run's metrics over time: one JSON object a line in metrics.jsonl, and the same as TensorBoard scalars."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from distill_cli.checkpoint import checkpoints
+from distill_cli.errors import DistillError
 from distill_cli.files import write_atomic
+from distill_cli.objectives import Losses
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tb"
 
@@ -44,6 +51,57 @@ class History:
         if self._write:
             self._file.close()
             self._writer.close()
+
+
+class Window:
+    """Losses since the last line of metrics; they stay on the device until somebody looks."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.note = out, ""
+        self._start()
+
+    def _start(self) -> None:
+        self._first, self._images, self._began = 0, 0, time.monotonic()
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, step: int, losses: Losses, grad_norm: Tensor, images: int) -> None:
+        self._first = self._first or step
+        self._images += images
+        values = {"loss": losses.total.detach(), **losses.parts, "grad_norm": grad_norm}
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
+
+    def check(self) -> None:
+        """
+        Raises:
+            DistillError: a loss of the window is not finite.
+        """
+        if not self._values:
+            return
+        finite = torch.stack(self._values["loss"]).isfinite().cpu()
+        if finite.all():
+            return
+        index = int((~finite).nonzero()[0])
+        parts = ", ".join(f"{name} {values[index].item():.4g}" for name, values in self._values.items())
+        saved = checkpoints(self.out)
+        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise DistillError(
+            f"{self.out}: the loss is not finite at step {self._first + index} ({parts}); {last}; "
+            "lower train.lr, or use --precision fp32"
+        )
+
+    def flush(self) -> dict[str, float]:
+        """The means of the window, which then starts again.
+
+        Raises:
+            DistillError: see `check`.
+        """
+        self.check()
+        means = {name: float(torch.stack(values).float().mean()) for name, values in self._values.items()}
+        self.note = f"loss {means['loss']:.4f}"
+        rate = self._images / max(time.monotonic() - self._began, 1e-9)
+        self._start()
+        return {**means, "images_per_s": round(rate, 1)}
 
 
 def last_validation(run: Path) -> dict[str, float | int | None] | None:

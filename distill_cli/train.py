@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from distill_cli.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
 from distill_cli.data.loader import Batch, Batches, ListingOrder, load
-from distill_cli.data.sources import fingerprint
 from distill_cli.data.views import eval_transform, train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.errors import DistillError, MismatchError
@@ -27,23 +26,20 @@ from distill_cli.files import (
     free_bytes,
     locked,
     remove_temporaries,
-    sha256,
     write_atomic,
     write_json,
 )
-from distill_cli.history import History, last_validation
+from distill_cli.history import History, Window, last_validation
 from distill_cli.metrics import Accuracy, autocast, measure_accuracy
 from distill_cli.objectives import Losses
 from distill_cli.optim import build_optimizer, learning_rate
 from distill_cli.randomness import derive
 from distill_cli.recipe import Recipe, differences, to_toml
-from distill_cli.recipe import fingerprint as recipe_fingerprint
 from distill_cli.recipe import load as load_recipe
 from distill_cli.replay import SparseRows, prove_replay
 from distill_cli.report import Report
-from distill_cli.software import versions
-from distill_cli.students.build import parameters_in_millions, timm_name
-from distill_cli.students.weights import STUDENT, Card, save_student
+from distill_cli.students.build import parameters_in_millions
+from distill_cli.students.weights import STUDENT, save_student
 
 RECIPE, RESULT = "recipe.toml", "result.json"
 BILL_STEPS = 4
@@ -156,7 +152,7 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     history = History(out, done.step, write=world.is_main)
     model = world.wrap(objective)
     batches = _training_batches(setup, done.step, setup.steps, world)
-    window = _Window(out)
+    window = Window(out)
     report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
     images = order.images_per_step
     with Signals() as signals, report.progress("train", setup.steps * images, done.step * images) as progress:
@@ -237,57 +233,6 @@ class _Done:
         return {**counts, "wall_s": self.wall_s_now(), "identity": setup.identity}
 
 
-class _Window:
-    """Losses since the last line of metrics; they stay on the device until somebody looks."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.note = out, ""
-        self._start()
-
-    def _start(self) -> None:
-        self._first, self._images, self._began = 0, 0, time.monotonic()
-        self._values: dict[str, list[Tensor]] = {}
-
-    def add(self, step: int, losses: Losses, grad_norm: Tensor, images: int) -> None:
-        self._first = self._first or step
-        self._images += images
-        values = {"loss": losses.total.detach(), **losses.parts, "grad_norm": grad_norm}
-        for name, value in values.items():
-            self._values.setdefault(name, []).append(value)
-
-    def check(self) -> None:
-        """
-        Raises:
-            DistillError: a loss of the window is not finite.
-        """
-        if not self._values:
-            return
-        finite = torch.stack(self._values["loss"]).isfinite().cpu()
-        if finite.all():
-            return
-        index = int((~finite).nonzero()[0])
-        parts = ", ".join(f"{name} {values[index].item():.4g}" for name, values in self._values.items())
-        saved = checkpoints(self.out)
-        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        raise DistillError(
-            f"{self.out}: the loss is not finite at step {self._first + index} ({parts}); {last}; "
-            "lower train.lr, or use --precision fp32"
-        )
-
-    def flush(self) -> dict[str, float]:
-        """The means of the window, which then starts again.
-
-        Raises:
-            DistillError: see `check`.
-        """
-        self.check()
-        means = {name: float(torch.stack(values).float().mean()) for name, values in self._values.items()}
-        self.note = f"loss {means['loss']:.4f}"
-        rate = self._images / max(time.monotonic() - self._began, 1e-9)
-        self._start()
-        return {**means, "images_per_s": round(rate, 1)}
-
-
 def _resume(setup: Experiment, out: Path, optimizer: Optimizer, report: Report) -> _Done:
     """Load the newest checkpoint, where there is one."""
     saved = checkpoints(out)
@@ -352,39 +297,10 @@ def _finish(setup: Experiment, out: Path, done: _Done, world: World, report: Rep
         skipped=done.skipped,
     )
     if world.is_main:
-        save_student(out / STUDENT, setup.objective.student, _card(setup, summary))
+        save_student(out / STUDENT, setup.objective.student, setup.card(summary.top1, summary.top5))
         write_json(out / RESULT, {**asdict(summary), "identity": setup.identity})
     report.stage(f"{out}: finished")
     return summary
-
-
-def _card(setup: Experiment, summary: Summary) -> Card:
-    plan = setup.store.plan if setup.store else None
-    view, recipe = setup.view, setup.recipe
-    assert recipe.objective is not None
-    assert recipe.student.name is not None
-    classes = plan.teacher["classes"] if plan else setup.source.classes
-    return Card(
-        student=timm_name(recipe.student.name),
-        arguments=setup.arguments,
-        num_classes=setup.classes,
-        classes=classes and tuple(classes),
-        input={
-            "input_size": (3, view.image_size, view.image_size),
-            "mean": view.mean,
-            "std": view.std,
-            "interpolation": view.interpolation,
-            "crop_pct": view.crop_pct,
-        },
-        recipe_sha256=recipe_fingerprint(recipe),
-        data_fingerprint=sha256(canonical_json(fingerprint(setup.source))),
-        objective=recipe.objective.name,
-        teacher=plan.teacher["name"] if plan else None,
-        store=plan.sha256 if plan else None,
-        top1=summary.top1,
-        top5=summary.top5,
-        software=versions(),
-    )
 
 
 def _numbers(accuracy: Accuracy) -> dict[str, float]:

@@ -370,6 +370,10 @@ def test_nothing_to_evaluate(folder: Path, tmp_path: Path, refused: Refused) -> 
     assert "not a finished run" in refused(4, "eval", tmp_path, "--data", folder)
 
 
+def test_a_run_and_another_model_at_once(folder: Path, run: Made, refused: Refused) -> None:
+    assert "--model" in refused(2, "eval", run.path, "--model", "deit-tiny", "--data", folder, "--workers", "0")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_before_the_work_has_begun(
     number: signal.Signals, code: int, folder: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch

@@ -1,12 +1,18 @@
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import TRAIN, Cli, Made
 
+from distill_cli import evaluate as eval_command
 from distill_cli import shipped
+from distill_cli.distributed import World
+from distill_cli.recipe import load
+from distill_cli.report import Report
 from distill_cli.students.aliases import ALIASES
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +117,14 @@ def test_quiet_leaves_stderr_empty(run: Made, folder: Path) -> None:
     done = process(*evaluate(run, folder, "--quiet"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "top1" in done.stdout
+
+
+def test_only_the_first_rank_speaks(run: Made, folder: Path) -> None:
+    recipe = load(flags={"data.path": ("--data", str(folder)), "runtime.workers": ("--workers", 0)}).recipe
+    for rank, speaks in ((0, True), (1, False)):
+        stream = io.StringIO()
+        eval_command.evaluate(recipe, str(run.path), World(torch.device("cpu"), rank), Report(stream=stream))
+        assert bool(stream.getvalue()) == speaks
 
 
 def test_a_gate_that_is_not_met_is_told_after_the_result(run: Made, folder: Path, distill: Cli) -> None:
