@@ -65,8 +65,10 @@ def _pair() -> Finding:
 
 
 def _cuda() -> Finding:
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Finding("cuda", "unknown: torch does not import", " ".join(str(error).split())[:120])
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return Finding("cuda", f"{torch.version.cuda}: {names}")
@@ -105,7 +107,10 @@ def _locks(folder: Path) -> Finding:
 
 
 def _hdf5(folder: Path) -> Finding:
-    import h5py
+    try:
+        import h5py
+    except (ImportError, OSError) as error:
+        return Finding("hdf5", "h5py does not import", " ".join(str(error).split())[:120])
 
     def write(inside: Path) -> None:
         with h5py.File(inside / "probe.h5", "w") as file:

@@ -143,7 +143,7 @@ def evaluate(recipe: Recipe, run: str | None, world: World, report: Report | Non
 
 def bill(recipe: Recipe, run: str | None, world: World, report: Report | None = None) -> Bill:
     """What the evaluation would take, from a few batches of the real thing; writes nothing."""
-    report = report or Report(quiet=True)
+    report = report or Report()
     opened = _open(recipe, run, world, report)
     model, silent = opened.frozen.model, Report(quiet=True)
     report.stage("timing a few batches")
@@ -208,6 +208,8 @@ def _open(recipe: Recipe, run: str | None, world: World, report: Report) -> _Eva
 def _load(recipe: Recipe, run: str | None, report: Report) -> Frozen:
     report.stage("loading the model")
     if run is not None:
+        if recipe.student.name is not None or recipe.eval.weights is not None:
+            raise UsageError(f"{run}: is a run, which has a model and weights of its own; give either it or --model")
         if not Path(run).is_dir():
             raise UsageError(f"{run}: no such run directory; give one, or --model NAME --weights FILE")
         return load_frozen(TeacherConfig(name=run))

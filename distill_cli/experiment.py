@@ -11,7 +11,7 @@ import torch
 from distill_cli.data import open_train, open_val
 from distill_cli.data.loader import TrainingOrder
 from distill_cli.data.sources import Source, check_classes, fingerprint, num_classes
-from distill_cli.data.views import View, resolve_view, stored_view
+from distill_cli.data.views import DEFAULTS, View, resolve_view, stored_view
 from distill_cli.distributed import World
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
@@ -142,12 +142,13 @@ def _settle(
     epochs = train.epochs if train.steps is None else -(-train.steps // order.steps_per_epoch)
     warmup = epochs / 20 if train.warmup_epochs is None else train.warmup_epochs
     objective = recipe.objective.name if recipe.objective else "tinyvit" if store else "supervised"
-    decided = {f"data.{name}": (by, value) for name, value in asdict(view).items()} | {
+    own = DEFAULTS.keys() if store is None else ()
+    decided = {f"data.{name}": ("default" if name in own else by, value) for name, value in asdict(view).items()} | {
         "objective.name": ("store" if store else "no store", objective),
         "student.num_classes": ("store" if store else "data", classes),
         "student.img_size": (by, view.image_size),
         "train.lr": ("batch size", train.lr or default_lr(train.batch_size)),
-        "train.epochs": ("steps", epochs),
+        "train.epochs": ("steps" if train.steps else "default", epochs),
         "train.warmup_epochs": ("epochs", warmup),
     }
     settled = update(recipe, {path: value for path, (_, value) in decided.items()})

@@ -74,11 +74,13 @@ class Window:
     def check(self) -> None:
         """
         Raises:
-            DistillError: a loss of the window is not finite.
+            DistillError: a loss of the window, or the gradient of one, is not finite.
         """
         if not self._values:
             return
-        finite = torch.stack(self._values["loss"]).isfinite().cpu()
+        finite = (
+            torch.stack([*self._values["loss"], *self._values["grad_norm"]]).isfinite().view(2, -1).all(dim=0).cpu()
+        )
         if finite.all():
             return
         index = int((~finite).nonzero()[0])
@@ -86,8 +88,8 @@ class Window:
         saved = checkpoints(self.out)
         last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         raise DistillError(
-            f"{self.out}: the loss is not finite at step {self._first + index} ({parts}); {last}; "
-            "lower train.lr, or use --precision fp32"
+            f"{self.out}: the loss or its gradient is not finite at step {self._first + index} ({parts}); {last}; "
+            "lower --lr or use --precision fp32, in another --out"
         )
 
     def flush(self) -> dict[str, float]:

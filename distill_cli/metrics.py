@@ -1,5 +1,6 @@
 """What is measured of a model: sums over exactly the images there are, whatever the batches and ranks."""
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def measure_accuracy(
     """Evaluate a model on this rank's batches and add up over ranks.
 
     Raises:
-        DistillError: no image could be read.
+        DistillError: no image could be read, or the outputs are not finite.
     """
     sums = _Sums(num_classes, world.device)
     for batch in batches:
@@ -130,7 +131,8 @@ class _Sums:
         nll = F.cross_entropy(logits, labels, reduction="sum").double()
         self.scalars += torch.stack([hit.new_tensor(len(labels)), hit.sum(), hits.any(dim=1).double().sum(), nll])
         confidence = logits.softmax(dim=-1).amax(dim=-1).double()
-        place = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+        # Outputs that are not finite are told of at the end, without asking the device about every batch.
+        place = (confidence.nan_to_num() * ECE_BINS).long().clamp(max=ECE_BINS - 1)
         for row, values in zip(self.bins, (torch.ones_like(hit), hit, confidence), strict=True):
             row.index_add_(0, place, values)
         self.classes[0].index_add_(0, labels, torch.ones_like(hit))
@@ -144,6 +146,10 @@ class _Sums:
         images, hits, hits5, nll = scalars.tolist()
         if not images:
             raise DistillError("evaluation: no image could be read; look at the first of the data by hand")
+        if not math.isfinite(nll):
+            raise DistillError(
+                "evaluation: the output is not finite; look at the model's weights, or use --precision fp32"
+            )
         _, accurate, confident = bins.view(3, ECE_BINS)
         counts, right = classes.view(2, -1)
         return Accuracy(

@@ -48,12 +48,16 @@ def default_lr(batch_size: int) -> float:
 
 
 def learning_rate(step: int, total: int, warmup: int, config: TrainConfig) -> float:
-    """The learning rate of a step: linear from `warmup_lr` to `lr` over `warmup` steps, then a cosine to `min_lr`."""
+    """The learning rate of a step: linear from `warmup_lr` to `lr` over `warmup` steps, then a cosine to `min_lr`.
+
+    Neither end is above `lr`.
+    """
     assert config.lr is not None
+    first, last = min(config.warmup_lr, config.lr), min(config.min_lr, config.lr)
     if step < warmup:
-        return config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup
+        return first + (config.lr - first) * step / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return last + (config.lr - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def build_optimizer(objective: Objective, config: TrainConfig) -> Optimizer:

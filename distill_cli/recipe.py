@@ -4,6 +4,7 @@ Precedence: default < recipe < `--set section.key=VALUE` < flag. Where `--set` o
 student or objective than the recipe, that section of the recipe is dropped: its values were meant for the other one.
 """
 
+import itertools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -85,8 +86,8 @@ def load(
     for path, (flag, value) in (flags or {}).items():
         over[path], origins[path] = value, flag
     for named in NAMED:
-        wanted = over.get(f"{named}.name", base.get(f"{named}.name"))
-        if wanted != base.get(f"{named}.name"):
+        there = base.get(f"{named}.name")
+        if there is not None and over.get(f"{named}.name", there) != there:
             base = {path: value for path, value in base.items() if not path.startswith(f"{named}.")}
     values = {**base, **over}
     recipe = parse(values, origins)
@@ -193,7 +194,7 @@ def _parse_set(text: str) -> tuple[str, Any]:
     try:
         return path.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return path.strip(), value
+        return path.strip(), value.strip()
 
 
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def _explain(error: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     if len(place) > 2 and place[0] == "objective":
         del place[1]
     path = ".".join(place)
-    where = origins.get(path) or origins.get(f"{path}.name") or "recipe"
+    where = _origin(path, origins)
     if error["type"] == "unexpected_keyword_argument":
         return f"{where}: {path}: unknown key{_nearest_path(path)}"
     if error["type"] == "union_tag_invalid":
@@ -226,6 +227,14 @@ def _explain(error: Mapping[str, Any], origins: Mapping[str, str]) -> str:
         return f"{where}: objective.name is missing; it decides what the other keys of [objective] mean"
     found = "" if isinstance(error["input"], Mapping) else f", not {error['input']!r}"
     return f"{where}: {path}: {error['msg'][0].lower()}{error['msg'][1:]}{found}"
+
+
+def _origin(path: str, origins: Mapping[str, str]) -> str:
+    """Where a value came from: itself, the table or list that it stands in, or the first value below it."""
+    parts = path.split(".")
+    above = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    below = (known for known in origins if known.startswith(f"{path}."))
+    return next((origins[known] for known in itertools.chain(above, below) if known in origins), "recipe")
 
 
 def _nearest_path(path: str) -> str:

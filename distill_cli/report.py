@@ -4,8 +4,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol, TextIO
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 LINE_EVERY_S = 10.0
 
@@ -23,16 +27,18 @@ class Report:
     """Talks to the person. Stages are the section markers of a command; the result itself goes to stdout, not here."""
 
     quiet: bool = False
-    stream: TextIO = sys.stderr
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    _bars: "Bars | None" = None
+    """On a terminal, while a bar is shown: lines go above it."""
 
     def stage(self, text: str) -> None:
         """A step of the command begins."""
         if not self.quiet:
-            print(text, file=self.stream, flush=True)
+            self._print(text)
 
     def warn(self, text: str) -> None:
         """Something the person should know; the work goes on. Said even when quiet."""
-        print(f"warning: {text}", file=self.stream, flush=True)
+        self._print(f"warning: {text}")
 
     @contextmanager
     def progress(self, label: str, total: int, done: int = 0, unit: str = "images") -> Iterator[Progress]:
@@ -40,10 +46,19 @@ class Report:
         if self.quiet:
             yield _Silent()
         elif self.stream.isatty():
-            with _bar(self.stream) as bar:
-                yield _Bar(bar, bar.add_task(label, total=total, completed=done, unit=unit, note=""))
+            with _bars(self.stream) as self._bars:
+                try:
+                    yield _Bar(self._bars, self._bars.add_task(label, total=total, completed=done, unit=unit, note=""))
+                finally:
+                    self._bars = None
         else:
             yield _Lines(label, total, done, unit, self.stream)
+
+    def _print(self, text: str) -> None:
+        if self._bars is None:
+            print(text, file=self.stream, flush=True)
+        else:
+            self._bars.console.print(text, markup=False, highlight=False)
 
 
 class _Silent:
@@ -76,30 +91,35 @@ class _Lines:
 
 
 class _Bar:
-    def __init__(self, bar, task) -> None:  # type: ignore[no-untyped-def]
-        self.bar, self.task = bar, task
+    def __init__(self, bars: "Bars", task: "TaskID") -> None:
+        self.bars, self.task = bars, task
 
     def advance(self, count: int, note: str = "") -> None:
-        self.bar.update(self.task, advance=count, note=note)
+        self.bars.update(self.task, advance=count, note=note)
 
 
-def _bar(stream: TextIO):  # type: ignore[no-untyped-def]
+def _bars(stream: TextIO) -> "Bars":
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
-        TaskProgressColumn,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.fields['unit']} {task.speed or 0:,.0f}/s")
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        TaskProgressColumn(show_speed=True),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
+        Rate(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
         console=Console(file=stream),

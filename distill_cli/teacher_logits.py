@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from distill_cli.data import open_train
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.sources import Source, check_classes, fingerprint
-from distill_cli.data.views import View, checksum, resolve_view, train_transform
+from distill_cli.data.views import DEFAULTS, View, checksum, resolve_view, train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import check_ours, free_bytes, locked
@@ -213,7 +213,8 @@ def _open(recipe: Recipe, world: World, report: Report) -> _Capture:
         software=versions(),
     )
     settled = {f"data.{name}": value for name, value in asdict(view).items()} | {"store.top_k": k}
-    return _Capture(update(recipe, settled), dict.fromkeys(settled, "teacher"), teacher, source, view, plan)
+    origins = {path: "default" if path.removeprefix("data.") in DEFAULTS else "teacher" for path in settled}
+    return _Capture(update(recipe, settled), origins, teacher, source, view, plan)
 
 
 def _capture(capture: _Capture, writer: StoreWriter, world: World, report: Report) -> int:

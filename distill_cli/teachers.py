@@ -54,6 +54,10 @@ def load_frozen(config: TeacherConfig, flag: str = "--teacher") -> Frozen:
     if config.name is None:
         raise UsageError(f"{flag} is missing: give a run directory, or a timm name with its weights")
     if Path(config.name).is_dir():
+        if config.weights is not None or config.pretrained or config.kwargs:
+            raise UsageError(
+                f"{flag} {config.name}: is a run, with weights and settings of its own; give no others"
+            )
         return _from_run(Path(config.name), config)
     if config.weights is not None:
         return _from_weights(config.name, Path(config.weights), config)
@@ -83,9 +87,9 @@ def _from_run(run: Path, config: TeacherConfig) -> Frozen:
 def _from_weights(name: str, path: Path, config: TeacherConfig) -> Frozen:
     weights = read_weights(path)
     card = read_card(path)
-    if card is not None and card.student == timm_name(name) and config.kwargs is None:
-        return _from_card(card, path, config)
     full = timm_name(name)
+    if card is not None and card.student == full:
+        return _from_card(card, path, config)
     count = _classes_of(full, weights, path)
     model = create(full, num_classes=count, arguments=config.kwargs or {})
     fill(model, weights, path)
@@ -93,6 +97,9 @@ def _from_weights(name: str, path: Path, config: TeacherConfig) -> Frozen:
 
 
 def _from_card(card: Card, path: Path, config: TeacherConfig) -> Frozen:
+    for key, asked in (config.kwargs or {}).items():
+        if card.arguments.get(key) != asked:
+            raise MismatchError(f"{path}: was built with {key} {card.arguments.get(key)}, {asked} asked; leave it out")
     weights = read_weights(path)
     model = create(card.student, num_classes=card.num_classes, arguments=card.arguments)
     fill(model, weights, path)

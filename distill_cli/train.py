@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def train(recipe: Recipe, out: Path, world: World, report: Report | None = None)
         BusyError: another process works there.
         Stopped: a signal came; a checkpoint was saved.
     """
-    report = report if report and world.is_main else Report(quiet=not world.is_main)
+    report = report or Report()
     check_ours(out, (RECIPE, RESULT, FOLDER), "run")
     setup = open_experiment(recipe, world, report)
     done = _finished(setup, out)
@@ -149,13 +149,16 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
         report.stage("proving that the views replay to the pixels that the teacher saw")
         prove_replay(setup.store, setup.source, train_transform(setup.view))
     world.barrier()
-    history = History(out, done.step, write=world.is_main)
     model = world.wrap(objective)
     batches = _training_batches(setup, done.step, setup.steps, world)
     window = Window(out)
     report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
     images = order.images_per_step
-    with Signals() as signals, report.progress("train", setup.steps * images, done.step * images) as progress:
+    with (
+        closing(History(out, done.step, write=world.is_main)) as history,
+        Signals() as signals,
+        report.progress("train", setup.steps * images, done.step * images) as progress,
+    ):
         while True:
             if setup.validates_at(done.step) and done.step not in history.validated:
                 accuracy = _validate(setup, world, signals)
@@ -180,7 +183,6 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
                     save_checkpoint(out, done.step, objective, optimizer, done.state(setup))
             if stop:
                 raise stopped(stop, f"{out}: saved at step {done.step} of {setup.steps}; the same command goes on")
-    history.close()
     return _finish(setup, out, done, world, report)
 
 

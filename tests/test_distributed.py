@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distill_cli.config import RuntimeConfig
-from distill_cli.distributed import Signals, World, find_device, stopped, world
+from distill_cli.distributed import Signals, World, default_workers, find_device, set_threads, stopped, world
 from distill_cli.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -80,12 +80,35 @@ def test_auto_takes_the_cpu_where_there_is_no_cuda(monkeypatch: pytest.MonkeyPat
 def test_one_process_alone_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with world(RuntimeConfig(device="cpu")) as alone:
-        assert alone == World(CPU, rank=0, size=1)
+    with world(RuntimeConfig(device="cpu", workers=3, threads=torch.get_num_threads())) as alone:
+        assert alone == World(CPU, rank=0, size=1, workers=3)
         assert not dist.is_initialized()
         assert alone.is_main
         assert alone.agree(signal.SIGTERM) == signal.SIGTERM
         assert alone.sum(torch.tensor([2.0])).tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "workers"), [("cpu", 1, 1), ("cpu", 16, 4), ("cuda", 16, 8), ("cuda", 2, 2)]
+)
+def test_the_loader_leaves_a_cpu_the_cores_that_it_computes_with(device: str, cores: int, workers: int) -> None:
+    assert default_workers(torch.device(device), cores) == workers
+
+
+@pytest.mark.parametrize(
+    ("asked", "omp", "free", "threads"),
+    [(2, "1", 7, [2]), (2, None, 7, [2]), (None, "1", 7, []), (None, None, 7, [7]), (None, None, -1, [1])],
+)
+def test_threads_are_those_asked_for_else_openmps_else_the_cores_that_are_free(
+    asked: int | None, omp: str | None, free: int, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    set_threads(asked, free)
+    assert given == threads
 
 
 def test_a_module_stays_as_it_is_in_a_world_of_one() -> None:

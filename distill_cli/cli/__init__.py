@@ -9,6 +9,7 @@ import typer
 
 from distill_cli import __version__
 from distill_cli.cli import doctor, evaluate, models, quickstart, recipes, teacher_logits, train
+from distill_cli.cli.output import emit
 from distill_cli.errors import DistillError, Stopped
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"distill {__version__}")
+        emit(f"distill {__version__}")
         raise typer.Exit
 
 
@@ -47,21 +48,18 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit by the codes of `errors.py`; an error is one line on stderr."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         code = app(arguments, standalone_mode=False)
-        sys.stdout.flush()
     except DistillError as error:
         _fail(str(error), error.exit_code)
     except _UsageError as error:
+        if not error.format_message():
+            # A group without a command has printed its help.
+            sys.exit(error.exit_code)
         command = error.ctx.command_path if error.ctx else "distill"
-        _fail(f'{error.format_message()} See "{command} --help".', error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("SIGINT: stopped; the same command goes on", 130)
-    except BrokenPipeError:
-        # The reader of our stdout left; what was asked for is done.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        _fail(f'{error.format_message().rstrip(".")}; see "{command} --help"', error.exit_code)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{(error.strerror or str(error)).lower()}{_advice(error)}", 1)
@@ -80,8 +78,8 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _terminate(number: int, _frame: object) -> None:
-    raise Stopped("SIGTERM: stopped before there was anything to save; the same command goes on", number)
+def _stop(number: int, _frame: object) -> None:
+    raise Stopped(f"{signal.Signals(number).name}: stopped; the same command goes on", number)
 
 
 def _advice(error: OSError) -> str:

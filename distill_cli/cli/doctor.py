@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from distill_cli.cli import options
-from distill_cli.cli.output import print_table
+from distill_cli.cli.output import emit, print_table
 from distill_cli.errors import DistillError
 
 
@@ -23,7 +23,7 @@ def command(
     findings = list(examine(folder))
     wrong = [finding for finding in findings if finding.advice]
     if as_json:
-        print(json.dumps({finding.what: {"found": finding.found, "advice": finding.advice} for finding in findings}))
+        emit(json.dumps({finding.what: {"found": finding.found, "advice": finding.advice} for finding in findings}))
     else:
         rows = [("!!" if finding.advice else "ok", finding.what, finding.found, finding.advice) for finding in findings]
         print_table(("", "what", "found", "what to do"), rows)

@@ -6,7 +6,7 @@ import typer
 
 from distill_cli.cli import options
 from distill_cli.cli.options import flags
-from distill_cli.cli.output import print_bill, print_result
+from distill_cli.cli.output import print_bill, print_result, report_for
 
 
 def command(
@@ -39,7 +39,6 @@ def command(
     from distill_cli import evaluate
     from distill_cli.distributed import world
     from distill_cli.recipe import load
-    from distill_cli.report import Report
 
     loaded = load(
         recipe,
@@ -60,10 +59,13 @@ def command(
         ),
     )
     with world(loaded.recipe.runtime) as here:
+        report = report_for(here, quiet)
         if dry_run:
-            print_bill(evaluate.bill(loaded.recipe, run, here, Report(quiet)), loaded.origins, as_json)
+            bill = evaluate.bill(loaded.recipe, run, here, report)
+            if here.is_main:
+                print_bill(bill, loaded.origins, as_json)
             return
-        summary = evaluate.evaluate(loaded.recipe, run, here, Report(quiet))
+        summary = evaluate.evaluate(loaded.recipe, run, here, report)
         if here.is_main:
             print_result(summary, as_json)
         evaluate.check_gate(summary, loaded.recipe.eval.fail_below)

@@ -1,10 +1,16 @@
 """The result of a command on stdout: a table for a person, or one JSON object."""
 
+import io
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill_cli.distributed import World
+    from distill_cli.report import Report
 
 NOT_IN_TABLES = ("per_class", "recipe", "origins")
 
@@ -13,7 +19,7 @@ def print_result(summary: Any, as_json: bool) -> None:
     """Print the fields of a dataclass; what has no value is `-` in the table and null in JSON."""
     values = asdict(summary)
     if as_json:
-        print(json.dumps(values))
+        emit(json.dumps(values))
     else:
         print_table(("", ""), [(name, text(value)) for name, value in values.items() if name not in NOT_IN_TABLES])
 
@@ -30,7 +36,7 @@ def print_bill(bill: Any, origins: Mapping[str, str], as_json: bool) -> None:
     where = {path: origins.get(path) or bill.origins.get(path) or "default" for path in values}
     cost = {name: value for name, value in asdict(bill).items() if name not in NOT_IN_TABLES}
     if as_json:
-        print(json.dumps({"recipe": values, "origins": where, "bill": cost}))
+        emit(json.dumps({"recipe": values, "origins": where, "bill": cost}))
         return
     print_table(("recipe", "value", "from"), [(path, text(value), where[path]) for path, value in values.items()])
     print_table(("bill", ""), [(name, text(value)) for name, value in cost.items()])
@@ -42,7 +48,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         lines = [*([head] if any(head) else []), *rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+            emit("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         return
     from rich import box
     from rich.console import Console
@@ -54,6 +60,21 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)
+
+
+def emit(line: str) -> None:
+    """Print a line of the result; a reader that has left, as `head` does, is no error."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def report_for(here: "World", quiet: bool) -> "Report":
+    """The report of this rank: only the first one speaks."""
+    from distill_cli.report import Report
+
+    return Report(quiet) if here.is_main else Report(quiet=True, stream=io.StringIO())
 
 
 def text(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from distill_cli.cli import options
-from distill_cli.cli.output import print_table, text
+from distill_cli.cli.output import emit, print_table, text
 
 
 def command(
@@ -32,17 +32,17 @@ def command(
         with world(RuntimeConfig(device=device)) as here:
             summary = quickstart(out, seed, here, Report(quiet))
     if as_json:
-        print(json.dumps(asdict(summary)))
+        emit(json.dumps(asdict(summary)))
         return
     if summary.status == "already_done":
-        print(f"{out}: finished already; these are its results")
+        emit(f"{out}: finished already; these are its results")
     rows = [(row.model, f"{row.top1:.2f}", f"{row.parameters_m:.3f}", f"{row.wall_s:.0f}") for row in summary.rows]
     print_table(("model", "top1 %", "parameters, M", "wall, s"), rows)
     per_row = summary.store_bytes / summary.store_rows
-    print(
+    emit(
         f"\nstore: {text(summary.store_rows)} rows, {text(summary.store_bytes)} bytes ({per_row:.1f} a row), "
         f"{summary.store_wall_s:.0f} s; distillation adds {summary.gain:+.2f} points of top1; "
         f"{summary.wall_s:.0f} s in all\n\nthe commands, each to be copied:"
     )
     for line in summary.commands:
-        print(f"  {line}")
+        emit(f"  {line}")

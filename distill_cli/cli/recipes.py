@@ -7,7 +7,7 @@ import typer
 
 from distill_cli import shipped
 from distill_cli.cli.options import _complete_recipe
-from distill_cli.cli.output import print_table
+from distill_cli.cli.output import emit, print_table
 from distill_cli.errors import UsageError
 from distill_cli.files import write_atomic
 
@@ -27,7 +27,7 @@ def ls() -> None:
 @app.command("show")
 def show(name: Name) -> None:
     """Print a recipe as it is written."""
-    print(shipped.find_recipe(name).read_text(), end="")
+    emit(shipped.find_recipe(name).read_text().rstrip("\n"))
 
 
 @app.command("cp")
@@ -42,7 +42,7 @@ def cp(
     if target.exists() and not force:
         raise UsageError(f"{target}: exists; choose another name, or give --force")
     write_atomic(target, source.read_bytes())
-    print(target)
+    emit(str(target))
 
 
 @app.command("validate")
@@ -51,4 +51,4 @@ def validate(name: Name) -> None:
     from distill_cli.recipe import load
 
     load(name)
-    print(f"{name}: valid")
+    emit(f"{name}: valid")

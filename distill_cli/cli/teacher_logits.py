@@ -6,7 +6,7 @@ import typer
 
 from distill_cli.cli import options
 from distill_cli.cli.options import flags
-from distill_cli.cli.output import print_bill, print_result
+from distill_cli.cli.output import print_bill, print_result, report_for
 
 
 def command(
@@ -38,7 +38,6 @@ def command(
     from distill_cli import teacher_logits
     from distill_cli.distributed import world
     from distill_cli.recipe import load
-    from distill_cli.report import Report
 
     loaded = load(
         recipe,
@@ -62,7 +61,12 @@ def command(
         ),
     )
     with world(loaded.recipe.runtime) as here:
+        report = report_for(here, quiet)
         if dry_run:
-            print_bill(teacher_logits.bill(loaded.recipe, out, here, Report(quiet)), loaded.origins, as_json)
-        else:
-            print_result(teacher_logits.teacher_logits(loaded.recipe, out, here, Report(quiet)), as_json)
+            bill = teacher_logits.bill(loaded.recipe, out, here, report)
+            if here.is_main:
+                print_bill(bill, loaded.origins, as_json)
+            return
+        summary = teacher_logits.teacher_logits(loaded.recipe, out, here, report)
+        if here.is_main:
+            print_result(summary, as_json)

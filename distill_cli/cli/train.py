@@ -6,7 +6,7 @@ import typer
 
 from distill_cli.cli import options
 from distill_cli.cli.options import flags
-from distill_cli.cli.output import print_bill, print_result
+from distill_cli.cli.output import print_bill, print_result, report_for
 
 
 def command(
@@ -37,7 +37,6 @@ def command(
     from distill_cli import train
     from distill_cli.distributed import world
     from distill_cli.recipe import load
-    from distill_cli.report import Report
 
     loaded = load(
         recipe,
@@ -60,9 +59,12 @@ def command(
         ),
     )
     with world(loaded.recipe.runtime) as here:
+        report = report_for(here, quiet)
         if dry_run:
-            print_bill(train.bill(loaded.recipe, out, here, Report(quiet)), loaded.origins, as_json)
+            bill = train.bill(loaded.recipe, out, here, report)
+            if here.is_main:
+                print_bill(bill, loaded.origins, as_json)
             return
-        summary = train.train(loaded.recipe, out, here, Report(quiet))
+        summary = train.train(loaded.recipe, out, here, report)
         if here.is_main:
             print_result(summary, as_json)

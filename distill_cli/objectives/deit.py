@@ -77,5 +77,5 @@ def soft_distillation(
     """Eq. 2: T^2 KL(teacher || student), both at temperature T, the teacher's tail spread uniformly."""
     num_classes = token_logits.shape[-1]
     target = soften(teacher, num_classes, temperature)
-    kl = (cross_entropy(token_logits / temperature, target) - entropy(target)).mean()
+    kl = (cross_entropy(token_logits, target, temperature) - entropy(target)).mean()
     return temperature**2 * (kl / num_classes if reduction == "numel" else kl)

@@ -49,4 +49,4 @@ def soft_cross_entropy(logits: Tensor, teacher: SparseLogits, temperature: float
         teacher: k rows of the same classes.
     """
     target = soften(teacher, logits.shape[-1], temperature)
-    return temperature**2 * cross_entropy(logits / temperature, target).mean()
+    return temperature**2 * cross_entropy(logits, target, temperature).mean()

@@ -46,6 +46,10 @@ def timm_name(name: str) -> str:
     if not timm.is_model(full):
         known = [*ALIASES, *timm.list_models()]
         raise UsageError(f'{name}: no such model{nearest(name, known)}; "distill models ls" lists them')
+    architecture, _, tag = full.partition(".")
+    tagged = timm.list_pretrained(f"{architecture}.*") if tag else []
+    if tag and full not in tagged:
+        raise UsageError(f"{name}: timm has no such weights of {architecture}; it has {', '.join(tagged) or 'none'}")
     return full
 
 

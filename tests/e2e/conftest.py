@@ -1,58 +1,12 @@
-"""The command line as processes of their own, on a few real images."""
+"""A few real images, a teacher and its store."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from commands import SMALL_TEACHER, capture, run_json
 
 from distill_cli.data.idx import open_sample
-
-ROOT = Path(__file__).parents[2]
-SMALL_TEACHER = ("--set", "student.kwargs={layers=[1,1,1,1],channels=[8,8,16,16]}", "--student", "resnet18")
-SMALL_STUDENT = (
-    "--student", "deit-tiny", "--set", "student.patch_size=7", "--set", "student.embed_dim=48",
-    "--set", "student.depth=2", "--set", "student.drop_path=0.1",
-)  # fmt: skip
-
-
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    """Start a command with one thread, as everything here must be the same bit for bit."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "distill_cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the command alone; its loader workers find out by themselves."""
-    process.kill()
-    process.wait()
-    for pipe in (process.stdout, process.stderr):
-        assert pipe is not None
-        pipe.close()
-
-
-def run(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-    """Run a command to its end; gives stdout and stderr."""
-    process = start(*arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, err
-    return out, err
-
-
-def run_json(*arguments: str | Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(run(*arguments, "--json", "--quiet")[0])
-    return values
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +41,3 @@ def store(folder: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("store") / "store"
     run_json(*capture(teacher, folder, out))
     return out
-
-
-def capture(teacher: Path, folder: Path, out: Path) -> tuple[str | Path, ...]:
-    """The command that writes `store`."""
-    return (
-        "teacher-logits", "--teacher", teacher, "--data", folder, "--views", "2", "--shard-rows", "100",
-        "--batch-size", "32", "--workers", "1", "--out", out,
-    )  # fmt: skip

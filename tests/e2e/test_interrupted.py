@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_STUDENT, capture, kill, run, run_json, start
+from commands import SMALL_STUDENT, capture, kill, run, run_json, start
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
 def distil(store: Path, folder: Path, out: Path) -> tuple[str | Path, ...]:
     return (
         "train", *SMALL_STUDENT, "--store", store, "--data", folder, "--objective", "deit", "--epochs", "3",
-        "--batch-size", "50", "--set", "train.save_every=5", "--set", "train.log_every=1", "--workers", "1", "--out", out,
+        "--batch-size", "50", "--set", "train.save_every=5", "--set", "train.log_every=1", "--workers", "1",
+        "--out", out,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_STUDENT, run_json
+from commands import ROOT, SMALL_STUDENT, run_json
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow

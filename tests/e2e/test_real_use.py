@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SMALL_STUDENT, run, run_json
+from commands import SMALL_STUDENT, run, run_json
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -1,7 +1,7 @@
 """Every shipped recipe runs, made small."""
 
 import pytest
-from conftest import run_json
+from commands import run_json
 
 from distill_cli.shipped import recipes
 
