@@ -60,9 +60,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
         optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise DamagedError(
-            f"{path}: not a readable checkpoint ({reason}); delete it to start from the one before"
-        ) from error
+        raise DamagedError(f"{path}: not a readable checkpoint ({reason}); delete it to begin the run again") from error
     return state
 
 

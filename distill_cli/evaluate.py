@@ -194,7 +194,7 @@ def _open(recipe: Recipe, run: str | None, world: World, report: Report) -> _Eva
             f"--data {recipe.data.path}: has no labels to evaluate against; give labelled images, or a --store"
         )
     check_classes(source, f"model {frozen.name}", frozen.num_classes, frozen.classes)
-    view = resolve_view(replace(recipe.data, augment="none"), frozen.input)
+    view = resolve_view(replace(recipe.data, augment="none"), frozen.input(recipe.data.image_size))
     stored = None if store is None else _stored_images(recipe, frozen, store)
     frozen.model.to(world.device)
     check_forward(frozen.model, frozen.name, view.image_size)

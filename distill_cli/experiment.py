@@ -55,7 +55,7 @@ class Experiment:
 
     def validates_at(self, step: int) -> bool:
         """After each epoch, and after the last step."""
-        return self.val is not None and step > 0 and self._ends_at(step)
+        return self.val is not None and self.val.labels is not None and step > 0 and self._ends_at(step)
 
     def saves_at(self, step: int) -> bool:
         """After each epoch, after the last step, and every `train.save_every` steps."""
@@ -159,10 +159,9 @@ def _warn(recipe: Recipe, source: Source, val: Source | None, report: Report) ->
     batch_size = recipe.train.batch_size
     if len(source) < batch_size:
         report.warn(f"--batch-size {batch_size}: is more than the {len(source)} images; an epoch is one batch of all")
-    if val is None:
-        report.warn(
-            f"--data {recipe.data.path}: has no validation split, so accuracy is not measured; data.val names one"
-        )
+    if val is None or val.labels is None:
+        lack = "validation split" if val is None else "labels to validate on"
+        report.warn(f"--data {recipe.data.path}: has no {lack}, so there is no top1; data.val names other images")
 
 
 def _classes(recipe: Recipe, source: Source, val: Source | None, store: Store | None) -> int:

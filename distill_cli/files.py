@@ -44,8 +44,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def canonical_json(value: Any, indent: int | None = None) -> str:
-    """JSON with sorted keys; equal values give equal text."""
-    return json.dumps(value, sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False)
+    """JSON in ASCII with sorted keys; equal values give equal text, and any file name has one."""
+    return json.dumps(value, sort_keys=True, indent=indent, allow_nan=False)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -188,7 +188,7 @@ def _open(recipe: Recipe, world: World, report: Report) -> _Capture:
     report.stage(f"{len(source)} images; loading the teacher")
     teacher = load_frozen(recipe.teacher)
     check_classes(source, f"teacher {recipe.teacher.name}", teacher.num_classes, teacher.classes)
-    view = resolve_view(recipe.data, teacher.input)
+    view = resolve_view(recipe.data, teacher.input(recipe.data.image_size))
     teacher.model.to(world.device)
     check_forward(teacher.model, f"teacher {teacher.name}", view.image_size)
     k = recipe.store.top_k or min(DEFAULT_TOP_K, teacher.num_classes)

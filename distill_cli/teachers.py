@@ -37,10 +37,12 @@ class Frozen:
     weights_sha256: str
     num_classes: int
     classes: tuple[str, ...] | None
-    input: Mapping[str, Any]
-    """timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct`."""
     card: Card | None = None
     """Of a run of ours."""
+
+    def input(self, image_size: int | None) -> Mapping[str, Any]:
+        """timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct` of its evaluation: a run says them itself."""
+        return self.card.input if self.card else input_config(self.model, image_size)
 
 
 def load_frozen(config: TeacherConfig, flag: str = "--teacher") -> Frozen:
@@ -55,9 +57,7 @@ def load_frozen(config: TeacherConfig, flag: str = "--teacher") -> Frozen:
         raise UsageError(f"{flag} is missing: give a run directory, or a timm name with its weights")
     if Path(config.name).is_dir():
         if config.weights is not None or config.pretrained or config.kwargs:
-            raise UsageError(
-                f"{flag} {config.name}: is a run, with weights and settings of its own; give no others"
-            )
+            raise UsageError(f"{flag} {config.name}: is a run, with weights and settings of its own; give no others")
         return _from_run(Path(config.name), config)
     if config.weights is not None:
         return _from_weights(config.name, Path(config.weights), config)
@@ -126,7 +126,6 @@ def _frozen(
         weights_sha256=digest(weights),
         num_classes=count,
         classes=card.classes if card else None,
-        input=card.input if card else input_config(model),
         card=card,
     )
 

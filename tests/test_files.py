@@ -26,15 +26,14 @@ import os, sys, time
 from pathlib import Path
 from distill_cli.files import locked
 with locked(Path(sys.argv[1])):
-    child = os.fork() if "fork" in sys.argv else None
-    if child != 0:
-        print(child, flush=True)
+    if "fork" not in sys.argv or os.fork() == 0:
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
 
 def _hold(folder: Path, *how: str) -> tuple[subprocess.Popen[str], str]:
-    """A process that holds `folder`, and its first line: the pid of its own child, or None."""
+    """A process that holds `folder`, and the pid of its forked worker, or its own."""
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *how], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     return holder, holder.stdout.readline().strip()

@@ -13,7 +13,7 @@ from distill_cli.data.folder import ImageFolder
 from distill_cli.data.sources import Source, fingerprint, open_source, without_labels
 from distill_cli.data.views import DataConfig, View, checksum, resolve_view, train_transform
 from distill_cli.errors import MismatchError
-from distill_cli.randomness import preserved
+from distill_cli.randomness import preserved, seed_everything
 from distill_cli.replay import SparseRows, check_data, prove_replay
 from distill_cli.software import versions
 from distill_cli.store.exact import Rows
@@ -80,10 +80,13 @@ def test_a_proof_goes_past_skipped_samples(source: ImageFolder, view: View, capt
 
 
 def test_a_proof_leaves_the_generators_alone(source: ImageFolder, view: View, capture: Capture) -> None:
-    store, before = capture(source), (random.getstate(), torch.get_rng_state())
-    prove_replay(store, source, train_transform(view))
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
+    store = capture(source)
+    with preserved():
+        seed_everything(1)
+        before = random.getstate(), torch.get_rng_state()
+        prove_replay(store, source, train_transform(view))
+        assert random.getstate() == before[0]
+        assert torch.equal(torch.get_rng_state(), before[1])
 
 
 def test_changed_pixels_are_found_and_their_image_named(source: ImageFolder, view: View, capture: Capture) -> None:

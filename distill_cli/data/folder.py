@@ -46,7 +46,8 @@ def open_folder(folder: Path, split: str) -> ImageFolder | None:
     Raises:
         UsageError: no images, or a class folder without any.
     """
-    named = {name: folder / entry for name, entries in SPLITS.items() for entry in entries if (folder / entry).is_dir()}
+    there = ((name, folder / entry) for name, entries in SPLITS.items() for entry in reversed(entries))
+    named = {name: path for name, path in there if path.is_dir()}
     if named:
         return _list_tree(named[split]) if split in named else None
     return _list_tree(folder) if split == "train" else None
@@ -71,6 +72,8 @@ def _list_tree(root: Path) -> ImageFolder:
 
 def _images(folder: Path, prefix: str) -> Iterator[str]:
     for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
         if entry.is_dir():
             yield from _images(Path(entry.path), f"{prefix}{entry.name}/")
         elif entry.name.lower().endswith(EXTENSIONS):

@@ -1,6 +1,8 @@
 """Images that lie in one array: IDX files of the MNIST family, and the sample shipped in the package."""
 
 import gzip
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -79,13 +81,15 @@ def _read(path: Path, dims: int) -> NDArray[np.uint8]:
             if path.suffix == ".gz"
             else np.memmap(path, np.uint8, "r")
         )
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read as an IDX file ({error}); fetch it again") from error
     header = 4 + 4 * dims
     if bytes(content[:4]) != bytes([0, 0, 8, dims]) or len(content) < header:
         raise UsageError(f"{path}: not an IDX file of uint8 with {dims} dims (starts with {bytes(content[:4])!r})")
     shape = tuple(map(int, np.frombuffer(content[4:header].tobytes(), ">u4")))
-    needed = header + int(np.prod(shape))
+    needed = header + math.prod(shape)
     if len(content) != needed:
         raise UsageError(f"{path}: {len(content)} bytes where its header {shape} needs {needed}; fetch it again")
+    if shape[0] == 0:
+        raise UsageError(f"{path}: no images or labels in it; fetch it again")
     return content[header:].reshape(shape)

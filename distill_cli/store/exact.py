@@ -8,6 +8,7 @@ probe_crc   uint32            [p]       CRC-32 of the first rows' inputs
 """
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 from distill_cli.errors import DamagedError
 from distill_cli.store.plan import FORMAT, VERSION, Plan
+
+ADVICE = "delete it and run teacher-logits again"
 
 
 @dataclass(frozen=True)
@@ -79,59 +82,70 @@ def open_shard(path: Path, plan: Plan, view: int, shard: int) -> Shard:
     Raises:
         DamagedError: the file is missing, cut short, of other shapes, or belongs to another store or place.
     """
+    expected = _attributes(plan, view, shard)
     try:
         with h5py.File(path, "r", locking=False) as file:
-            found = {name: _plain(file.attrs.get(name)) for name in _attributes(plan, view, shard)}
-            layout = {name: _extent(file[name]) for name in dtypes(plan)}
+            found = {name: _plain(file.attrs.get(name)) for name in expected}
+            layout = {name: _extent(file, name) for name in dtypes(plan)}
     except FileNotFoundError:
         raise DamagedError(f'{path}: missing; run the same "distill teacher-logits" command again') from None
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise DamagedError(f"{path}: not a readable shard ({error}); delete it and run teacher-logits again") from error
-    for name, expected in _attributes(plan, view, shard).items():
-        if found[name] != expected:
+        reason = " ".join(str(error).split())[:160]
+        raise DamagedError(f"{path}: not a readable shard ({reason}); {ADVICE}") from error
+    for name, value in expected.items():
+        if found[name] != value:
             raise DamagedError(
-                f"{path}: {name} is {found[name]}, not {expected}: a shard of another store or place; "
-                "delete it and run teacher-logits again"
+                f"{path}: {name} is {found[name]}, not {value}: a shard of another store or place; {ADVICE}"
             )
     arrays = _map(path, plan, layout)
     rows = Rows(*(arrays[name] for name in ("sample_id", "class_id", "log_prob", "log_tail")))
     return Shard(rows, arrays["probe_crc"])
 
 
-def _map(path: Path, plan: Plan, layout: dict[str, tuple[tuple[int, ...], np.dtype[Any], int]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Extent:
+    """Where a contiguous dataset lies in its file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.dtype.itemsize * math.prod(self.shape)
+
+
+def _map(path: Path, plan: Plan, layout: dict[str, _Extent]) -> dict[str, NDArray[Any]]:
     memory = np.memmap(path, np.uint8, "r")
-    count = layout["sample_id"][0][0] if layout["sample_id"][0] else 0
-    shapes = {
-        "sample_id": (count,),
-        "class_id": (count, plan.top_k),
-        "log_prob": (count, plan.top_k),
-        "log_tail": (count,),
-    }
+    count, probes = (math.prod(layout[name].shape[:1]) for name in ("sample_id", "probe_crc"))
+    table = (count, plan.top_k)
+    shapes = {"sample_id": (count,), "class_id": table, "log_prob": table, "log_tail": (count,), "probe_crc": (probes,)}
     arrays = {}
     for name, dtype in dtypes(plan).items():
-        shape, found, offset = layout[name]
-        if (
-            found != dtype
-            or shape != shapes.get(name, shape)
-            or offset + found.itemsize * int(np.prod(shape)) > len(memory)
-        ):
+        extent = layout[name]
+        if extent.dtype != dtype or extent.shape != shapes[name] or extent.end > len(memory):
             raise DamagedError(
-                f"{path}: {name} is {found} {list(shape)} at byte {offset}, which the plan does not allow; "
-                "delete it and run teacher-logits again"
+                f"{path}: {name} is {extent.dtype} {list(extent.shape)} at byte {extent.offset}, "
+                f"which the plan does not allow; {ADVICE}"
             )
-        flat = memory[offset : offset + dtype.itemsize * int(np.prod(shape))]
-        arrays[name] = np.asarray(flat).view(dtype).reshape(shape)
+        arrays[name] = np.asarray(memory[extent.offset : extent.end]).view(dtype).reshape(extent.shape)
     return arrays
 
 
-def _extent(dataset: Any) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Shape, type and first byte of a contiguous dataset."""
-    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
-        raise ValueError("a dataset of its own was expected")
+def _extent(file: h5py.File, name: str) -> _Extent:
+    """
+    Raises:
+        ValueError: the name leads out of this file, or to something else than a contiguous dataset.
+    """
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name} is missing, or a link")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or dataset.external or dataset.is_virtual:
+        raise ValueError(f"{name} is not a dataset of its own")
     offset = dataset.id.get_offset()
     if offset is None and dataset.size:
-        raise ValueError(f"{dataset.name} is not contiguous")
-    return dataset.shape, dataset.dtype, offset or 0
+        raise ValueError(f"{name} is not contiguous")
+    return _Extent(dataset.shape, dataset.dtype, offset or 0)
 
 
 def _attributes(plan: Plan, view: int, shard: int) -> dict[str, Any]:
@@ -139,4 +153,7 @@ def _attributes(plan: Plan, view: int, shard: int) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    """An attribute as Python has it; what is no scalar becomes text, which equals nothing that is expected."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if isinstance(value, str | int) else repr(value)

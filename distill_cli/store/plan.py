@@ -6,7 +6,6 @@ STORE/manifest.json                sha256 of every shard; its presence means tha
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -24,6 +23,8 @@ VERSION = 1
 PLAN, MANIFEST = "plan.json", "manifest.json"
 PROBES = 4
 """Rows at the head of each shard whose inputs are checksummed."""
+ROUNDS = 4
+"""Of the dealing."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Plan:
     teacher: Mapping[str, Any]
     """`name`, `weights_sha256`, `num_classes`, `classes` (ordered names, or None)."""
     data: Mapping[str, Any]
-    """`fingerprint` (sha256 of the ordered keys and labels), `labelled`."""
+    """`keys_sha256`, `labels_sha256` (None without labels): of the ordered listing."""
     transform: Mapping[str, Any]
     """The view: augmentation, image size, mean, std and the rest of `data/views.py:View`."""
     samples: int
@@ -70,7 +71,8 @@ class Plan:
 
     @property
     def num_classes(self) -> int:
-        return int(self.teacher["num_classes"])
+        count: int = self.teacher["num_classes"]
+        return count
 
     @cached_property
     def dealing(self) -> "Dealing":
@@ -87,32 +89,50 @@ class Plan:
 
 @dataclass(frozen=True)
 class Dealing:
-    """How samples are dealt to shards: sample i has place `(i * multiplier) mod samples`; shards are runs of places.
+    """How samples are dealt to shards: a fixed permutation gives each sample its place; shards are runs of places.
 
-    The multiplier is near the golden section of `samples` and has no common factor with it, so that every run of
-    places is spread evenly over any listing, sorted by class or periodic, and nothing has to be stored or searched.
+    The permutation is a Feistel network of four rounds over the smallest 2^(2h) >= samples, walked until it falls
+    below `samples`. It looks random to any listing, sorted by class or periodic, so that each shard is a fair sample,
+    and either direction is arithmetic: nothing has to be stored or searched.
     """
 
     samples: int
     shard_rows: int
 
-    @cached_property
-    def multiplier(self) -> int:
-        candidate = max(1, round(self.samples * 0.6180339887498949))
-        while math.gcd(candidate, self.samples) != 1:
-            candidate += 1
-        return candidate
-
     def place(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The place of each sample; `place // shard_rows` is its shard. Exact up to 2^32 samples."""
-        product = sample_ids.astype(np.uint64) * np.uint64(self.multiplier)
-        return (product % np.uint64(self.samples)).astype(np.int64)
+        """The place of each sample; `place // shard_rows` is its shard."""
+        return self._walk(sample_ids, range(ROUNDS))
 
     def sample_ids(self, shard: int) -> NDArray[np.int64]:
         """The samples of one shard, by place."""
-        places = np.arange(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.samples), dtype=np.uint64)
-        inverse = pow(self.multiplier, -1, self.samples) if self.samples > 1 else 0
-        return ((places * np.uint64(inverse)) % np.uint64(max(1, self.samples))).astype(np.int64)
+        places = np.arange(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.samples))
+        return self._walk(places, range(ROUNDS - 1, -1, -1))
+
+    def _walk(self, numbers: NDArray[np.int64], rounds: range) -> NDArray[np.int64]:
+        forward = rounds.step > 0
+        out = self._permute(numbers.astype(np.uint64), rounds, forward)
+        while (outside := out >= self.samples).any():
+            out[outside] = self._permute(out[outside], rounds, forward)
+        return out.astype(np.int64)
+
+    def _permute(self, numbers: NDArray[np.uint64], rounds: range, forward: bool) -> NDArray[np.uint64]:
+        half = np.uint64(max(1, -(-(self.samples - 1).bit_length() // 2)))
+        mask = (np.uint64(1) << half) - np.uint64(1)
+        left, right = (numbers >> half) & mask, numbers & mask
+        for number in rounds:
+            if forward:
+                left, right = right, left ^ (_scramble(right, number) & mask)
+            else:
+                left, right = right ^ (_scramble(left, number) & mask), left
+        return (left << half) | right
+
+
+def _scramble(values: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64, modulo 2^64, of `value + (number + 1) * 0x9E3779B97F4A7C15`."""
+    values = values + np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -160,7 +180,8 @@ def read_plan(store: Path) -> Plan:
     values = _read(path, f'{store}: no {PLAN}; this is not a store; "distill teacher-logits --out {store}" makes one')
     try:
         plan = Plan(**values)
-    except TypeError as error:
+        _check_values(plan)
+    except (TypeError, ValueError, KeyError) as error:
         raise DamagedError(f"{path}: not a plan ({error}); restore it from a copy") from error
     if plan.text != path.read_text():
         raise DamagedError(f"{path}: was edited by hand; restore it from a copy")
@@ -187,12 +208,28 @@ def read_manifest(store: Path, plan: Plan) -> Manifest:
         manifest = Manifest(shards=entries, **{**values, "skipped": tuple(values["skipped"])})
     except (TypeError, KeyError) as error:
         raise DamagedError(f"{path}: not a manifest ({error}); delete it and run teacher-logits again") from error
+    if [entry.path for entry in entries] != [shard_path(*place) for place in plan.every_shard()]:
+        raise DamagedError(f"{path}: does not list the shards of the plan; delete it and run teacher-logits again")
     if manifest.plan_sha256 != plan.sha256:
         raise DamagedError(
             f"{path}: belongs to store {manifest.plan_sha256[:12]}, the plan beside it to {plan.sha256[:12]}; "
             "restore the right one from a copy, or delete it and run teacher-logits again"
         )
     return manifest
+
+
+def _check_values(plan: Plan) -> None:
+    """
+    Raises:
+        ValueError: a value is of a kind that no plan has.
+    """
+    counts = {name: getattr(plan, name) for name in ("samples", "views", "top_k", "shard_rows", "num_classes")}
+    for name, count in counts.items():
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name} is {count!r}")
+    for name in ("data", "transform", "software"):
+        if not isinstance(getattr(plan, name), dict):
+            raise ValueError(f"{name} is {getattr(plan, name)!r}")
 
 
 def _read(path: Path, missing: str) -> dict[str, Any]:

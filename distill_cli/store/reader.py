@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from distill_cli.errors import DamagedError
 from distill_cli.files import sha256_file
-from distill_cli.store.exact import Rows, Shard, open_shard
+from distill_cli.store.exact import ADVICE, Rows, Shard, open_shard
 from distill_cli.store.plan import Manifest, Plan, read_manifest, read_plan, shard_path
 
-OPEN_SHARDS = 4096
-"""Memory maps held at once, well below the kernel's limit of 65,530 a process."""
+OPEN_SHARDS = 512
+"""Memory maps held at once: each holds a file descriptor, of which a process may commonly have 1,024."""
 
 
 class Store:
@@ -33,6 +33,7 @@ class Store:
         self.plan: Plan = read_plan(path)
         self.manifest: Manifest = read_manifest(path, self.plan)
         self._entries = {entry.path: entry for entry in self.manifest.shards}
+        self._verified: set[str] = set()
         self._open: OrderedDict[tuple[int, int], Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,15 +76,22 @@ class Store:
         if (view, shard) not in self._open:
             relative = shard_path(view, shard)
             path = self.path / relative
-            opened = open_shard(path, self.plan, view, shard)
-            if sha256_file(path) != self._entries[relative].sha256:
-                raise DamagedError(
-                    f"{path}: its sha256 is not the manifest's; delete both files and run teacher-logits again"
-                )
-            self._open[view, shard] = opened
+            if relative not in self._verified:
+                self._verify(path, self._entries[relative].sha256)
+                self._verified.add(relative)
+            self._open[view, shard] = open_shard(path, self.plan, view, shard)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return self._open[view, shard]
+
+    def _verify(self, path: Path, expected: str) -> None:
+        """Before HDF5 sees a byte of it: the library can crash on, or never return from, a damaged file."""
+        try:
+            found = sha256_file(path)
+        except FileNotFoundError:
+            raise DamagedError(f'{path}: missing; run the same "distill teacher-logits" command again') from None
+        if found != expected:
+            raise DamagedError(f"{path}: its sha256 is not the manifest's; {ADVICE}")
 
     def _find(self, rows: Rows, places: NDArray[np.int64], sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The row of each sample in its shard: its place, unless skipped samples moved the rows up."""

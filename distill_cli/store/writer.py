@@ -47,7 +47,9 @@ class StoreWriter:
         """
         self.path, self.plan, self.labels = path, plan, labels
         self._written: dict[tuple[int, int], _Described] = {}
-        check_plan(path, plan)
+        if check_plan(path, plan) is None:
+            # Of a store that lost shards since: without it the store is unfinished, as it is.
+            (path / MANIFEST).unlink(missing_ok=True)
         remove_temporaries(path)
         if not (path / PLAN).exists():
             write_atomic(path / PLAN, plan.text)
@@ -117,7 +119,7 @@ def _percent(hits: int, of: int) -> float | None:
 
 
 def check_plan(path: Path, plan: Plan) -> Manifest | None:
-    """The manifest of the complete store of this plan at `path`; None where there is none, or an unfinished one.
+    """The manifest of the complete store of this plan at `path`; None where there is none, or one that lacks shards.
 
     Raises:
         MismatchError: what is there is a store of another plan; the differing fields are named. (A complete store
@@ -133,4 +135,11 @@ def check_plan(path: Path, plan: Plan) -> Manifest | None:
             f"{path}: holds another store ({'; '.join(sorted(differing))}: there, asked); "
             "choose another --out, or give the same teacher, data and settings"
         )
-    return read_manifest(path, there) if complete else None
+    if not complete:
+        return None
+    manifest = read_manifest(path, there)
+    return manifest if all(_has_size(path / entry.path, entry.bytes) for entry in manifest.shards) else None
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size

@@ -153,6 +153,26 @@ def test_an_image_is_read_as_rgb(image_folder: Path) -> None:
     assert {(source.read(i).mode, source.read(i).size) for i in range(len(source))} == {("RGB", (40, 36))}
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_an_image_of_any_mode_is_read_as_rgb(picture: Image.Image, tmp_path: Path, mode: str) -> None:
+    path = tmp_path / f"a.{'tif' if mode == 'CMYK' else 'png'}"
+    picture.convert(mode).save(path)
+    image = _open(tmp_path).read(0)
+    assert image.mode == "RGB"
+    assert image.tobytes() == picture.convert(mode).convert("RGB").tobytes()
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning(picture: Image.Image, tmp_path: Path) -> None:
+    picture.convert("P").save(tmp_path / "a.png", transparency=bytes(range(10)))
+    assert _open(tmp_path).read(0).mode == "RGB"
+
+
+def test_an_image_of_16_bits_keeps_its_tones(images: ArraySource, tmp_path: Path) -> None:
+    """Pillow's own conversion makes all but the darkest 256 of the 65,536 tones white."""
+    Image.fromarray(images.images[0].astype(np.uint16) * 257).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(_open(tmp_path).read(0))[..., 0], images.images[0])
+
+
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 JFIF", b"GIF89a"])
 def test_what_is_no_image_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.jpg").write_bytes(content)
@@ -297,6 +317,7 @@ HEADER = bytes([0, 0, 8, 3])
         (HEADER + struct.pack(">3I", 2**31, 2**31, 4), r"16 bytes where its header .* needs"),
         (HEADER + struct.pack(">3I", 0, 28, 28), "no images"),
     ],
+    ids=["empty", "two bytes", "doubles", "one dim", "cut short", "too long", "overflowing", "no images"],
 )
 def test_a_damaged_idx_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "train-images-idx3-ubyte").write_bytes(content)

@@ -27,7 +27,7 @@ from distill_cli.randomness import derive, preserved, seed_everything
 
 MODEL = {
     "input_size": (3, 48, 48),
-    "mean": (0.485, 0.456, 0.406),
+    "mean": (0.5, 0.4, 0.3),
     "std": (0.229, 0.224, 0.225),
     "interpolation": "bicubic",
     "crop_pct": 0.9,

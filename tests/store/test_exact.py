@@ -2,6 +2,7 @@ import contextlib
 import multiprocessing
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -74,6 +75,14 @@ def test_equal_rows_give_equal_bytes(shard: tuple[Plan, bytes], make_rows: MakeR
     narrow = Rows(*(getattr(rows, name).astype(dtype) for name, dtype in dtypes(plan).items() if name != "probe_crc"))
     assert encode(plan, 0, 0, narrow, CRC.astype(np.int64)) == content
     assert encode(plan, 0, 1, rows, CRC) != content
+
+
+def test_bytes_do_not_tell_the_time(shard: tuple[Plan, bytes], make_rows: MakeRows) -> None:
+    """HDF5 keeps times in seconds, if it is let."""
+    plan, rows = shard[0], make_rows(shard[0], 0, 0)
+    earlier = encode(plan, 0, 0, rows, CRC)
+    time.sleep(1.1)
+    assert encode(plan, 0, 0, rows, CRC) == earlier
 
 
 def test_an_open_shard_is_a_read_only_view_of_its_file(shard: tuple[Plan, bytes]) -> None:
