@@ -15,6 +15,8 @@ from distill_cli.errors import BusyError, UsageError
 
 LOCK = ".lock"
 _TEMPORARY = ".tmp-"
+_held: set[Path] = set()
+"""Locks of this process, which the kernel would give it twice."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -94,26 +96,39 @@ def locked(folder: Path) -> Iterator[None]:
         BusyError: another process holds it; the message names its pid and host.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    path = folder.resolve() / LOCK
     while True:
         with path.open("a+") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                if path in _held:
+                    raise BlockingIOError
+                # A record lock, which ends with its process; loader workers would inherit a flock and hold on to it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise BusyError(f"{folder}: held by {holder}; wait for it, or choose another --out") from None
             # The holder before us removes the file as it leaves: then this lock is on a name that is gone.
-            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            if not _is_at(path, file.fileno()):
                 continue
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
+            _held.add(path)
             try:
                 yield
             finally:
+                _held.discard(path)
                 path.unlink(missing_ok=True)
             return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _fsync_directory(folder: Path) -> None:

@@ -43,8 +43,8 @@ def test_an_unknown_name_lists_the_nearest(name: str, near: str) -> None:
 
 
 def test_an_unknown_tag_is_refused_here_and_not_by_timm() -> None:
-    with pytest.raises(UsageError, match=r"tiny_vit_21m_224\.in1k: no such model"):
-        timm_name("tiny_vit_21m_224.in1k")
+    with pytest.raises(UsageError, match=r"tiny_vit_21m_224\.in2k: timm has no such weights"):
+        timm_name("tiny_vit_21m_224.in2k")
 
 
 def test_what_is_left_out_is_the_architectures_own() -> None:

@@ -123,7 +123,7 @@ def test_a_teacher_is_frozen_and_in_evaluation_mode(weights: Path) -> None:
 def test_a_run_says_itself_what_it_is(run: Path) -> None:
     found = load_frozen(TeacherConfig(name=str(run)))
     assert (found.name, found.num_classes, found.classes) == ("resnet18.a1_in1k", 3, ("bag", "boot", "coat"))
-    assert found.input["mean"] == [0.1, 0.2, 0.3]
+    assert found.input(None)["mean"] == [0.1, 0.2, 0.3]
 
 
 def test_the_weights_file_of_a_run_says_it_too(run: Path) -> None:

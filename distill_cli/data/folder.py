@@ -32,12 +32,21 @@ class ImageFolder:
         path = self.root / self.keys[sample_id]
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                return _as_rgb(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = " ".join(str(error).replace(str(path), "the file").split())
             raise UnreadableImage(
                 f"{path}: cannot be decoded ({reason}); replace it, or go on without it by --skip-unreadable"
             ) from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any kind of image; Pillow itself clips 16 bits to 8, where the high byte is meant."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def open_folder(folder: Path, split: str) -> ImageFolder | None:

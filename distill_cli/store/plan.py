@@ -206,7 +206,8 @@ def read_manifest(store: Path, plan: Plan) -> Manifest:
     try:
         entries = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
         manifest = Manifest(shards=entries, **{**values, "skipped": tuple(values["skipped"])})
-    except (TypeError, KeyError) as error:
+        np.array(manifest.skipped, np.int64)
+    except (TypeError, KeyError, ValueError) as error:
         raise DamagedError(f"{path}: not a manifest ({error}); delete it and run teacher-logits again") from error
     if [entry.path for entry in entries] != [shard_path(*place) for place in plan.every_shard()]:
         raise DamagedError(f"{path}: does not list the shards of the plan; delete it and run teacher-logits again")

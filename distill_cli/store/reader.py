@@ -12,7 +12,7 @@ from distill_cli.files import sha256_file
 from distill_cli.store.exact import ADVICE, Rows, Shard, open_shard
 from distill_cli.store.plan import Manifest, Plan, read_manifest, read_plan, shard_path
 
-OPEN_SHARDS = 512
+OPEN_SHARDS = 256
 """Memory maps held at once: each holds a file descriptor, of which a process may commonly have 1,024."""
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from distill_cli.files import canonical_json
 from distill_cli.tensors import save_tensors
 
 STUDENT = "student.safetensors"
+TEXTS = ("student", "recipe_sha256", "data_fingerprint", "objective", "teacher", "store")
+"""The fields of a card that are strings."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ class Card:
 
 def save_student(path: Path, model: nn.Module, card: Card) -> None:
     """Write a model's weights with their card, atomically."""
-    metadata = {key: _as_text(value) for key, value in asdict(card).items() if value is not None}
+    metadata = {
+        key: value if isinstance(value, str) else canonical_json(value)
+        for key, value in asdict(card).items()
+        if value is not None
+    }
     save_tensors(path, model.state_dict(), metadata)
 
 
@@ -71,9 +76,12 @@ def read_card(path: Path) -> Card | None:
         raise DamagedError(f"{path}: not a readable safetensors file ({error}); restore it from a copy") from error
     if "recipe_sha256" not in metadata:
         return None
-    values = {name: _from_text(metadata[name]) for name in Card.__dataclass_fields__ if name in metadata}
-    classes = values.get("classes")
-    return Card(**{**values, "classes": None if classes is None else tuple(classes)})
+    try:
+        values = {name: _from_text(name, metadata[name]) for name in Card.__dataclass_fields__ if name in metadata}
+        classes = values.get("classes")
+        return Card(**{**values, "classes": None if classes is None else tuple(classes)})
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: its card is not one ({error}); restore it from a copy") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -86,20 +94,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UsageError(f"{path}: no such weights file")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return load_state_dict(str(path), use_ema=True, weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-    ) as error:
+        weights = load_file(path) if path.suffix == ".safetensors" else load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # What a parser meets in other people's bytes has no list.
         reason = " ".join(str(error).split())[:160]
         raise DamagedError(f"{path}: cannot be read as weights ({reason}); save it as safetensors") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise DamagedError(f"{path}: holds no weights, but {type(weights).__name__}; save a state dict as safetensors")
+    return weights
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -132,12 +133,6 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     return state.hexdigest()
 
 
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else canonical_json(value)
-
-
-def _from_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def _from_text(name: str, text: str) -> Any:
+    """Strings stand in the metadata as they are, all else as JSON."""
+    return text if name in TEXTS else json.loads(text)

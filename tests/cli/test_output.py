@@ -1,4 +1,3 @@
-import io
 import os
 import subprocess
 import sys
@@ -8,11 +7,9 @@ import pytest
 import torch
 from command_line import TRAIN, Cli, Made
 
-from distill_cli import evaluate as eval_command
 from distill_cli import shipped
+from distill_cli.cli.output import report_for
 from distill_cli.distributed import World
-from distill_cli.recipe import load
-from distill_cli.report import Report
 from distill_cli.students.aliases import ALIASES
 
 ROOT = Path(__file__).parents[2]
@@ -119,12 +116,12 @@ def test_quiet_leaves_stderr_empty(run: Made, folder: Path) -> None:
     assert "top1" in done.stdout
 
 
-def test_only_the_first_rank_speaks(run: Made, folder: Path) -> None:
-    recipe = load(flags={"data.path": ("--data", str(folder)), "runtime.workers": ("--workers", 0)}).recipe
-    for rank, speaks in ((0, True), (1, False)):
-        stream = io.StringIO()
-        eval_command.evaluate(recipe, str(run.path), World(torch.device("cpu"), rank), Report(stream=stream))
-        assert bool(stream.getvalue()) == speaks
+def test_only_the_first_rank_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, said in ((0, "stage\nwarning: care\n"), (1, "")):
+        report = report_for(World(torch.device("cpu"), rank, 2), quiet=False)
+        report.stage("stage")
+        report.warn("care")
+        assert capsys.readouterr().err == said
 
 
 def test_a_gate_that_is_not_met_is_told_after_the_result(run: Made, folder: Path, distill: Cli) -> None:
