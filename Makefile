@@ -8,12 +8,13 @@ quickstart: $(VENV)/.installed
 	$(BIN)/distill quickstart
 
 test: $(VENV)/.tested
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/make_cli.py --check
 
 docs: $(VENV)/.tested
 	$(BIN)/python docs/make_cli.py

@@ -33,7 +33,10 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            # A full disk does not say which file it was.
+            error.filename = str(path)
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

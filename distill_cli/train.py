@@ -34,7 +34,7 @@ from distill_cli.metrics import Accuracy, autocast, measure_accuracy
 from distill_cli.objectives import Losses
 from distill_cli.optim import build_optimizer, learning_rate
 from distill_cli.randomness import derive
-from distill_cli.recipe import Recipe, differences, to_toml
+from distill_cli.recipe import Recipe, differences, to_toml, update
 from distill_cli.recipe import load as load_recipe
 from distill_cli.replay import SparseRows, prove_replay
 from distill_cli.report import Report
@@ -101,7 +101,7 @@ def train(recipe: Recipe, out: Path, world: World, report: Report | None = None)
     with locked(out) if world.is_main else nullcontext():
         if world.is_main:
             remove_temporaries(out)
-            write_atomic(out / RECIPE, to_toml(setup.recipe))
+            write_atomic(out / RECIPE, to_toml(_with_absolute_paths(setup.recipe)))
         return _run(setup, out, world, report)
 
 
@@ -307,6 +307,14 @@ def _finish(setup: Experiment, out: Path, done: _Done, world: World, report: Rep
 
 def _numbers(accuracy: Accuracy) -> dict[str, float]:
     return {name: getattr(accuracy, name) for name in ("top1", "top5", "nll", "ece", "images")}
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """So that `eval RUN` finds the data from any folder."""
+    paths = {"data.path": recipe.data.path, "data.val": recipe.data.val, "store.path": recipe.store.path}
+    return update(
+        recipe, {key: str(Path(path).resolve()) for key, path in paths.items() if path and Path(path).exists()}
+    )
 
 
 def _finished(setup: Experiment, out: Path) -> Summary | None:
