@@ -312,9 +312,8 @@ def _numbers(accuracy: Accuracy) -> dict[str, float]:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """So that `eval RUN` finds the data from any folder."""
     paths = {"data.path": recipe.data.path, "data.val": recipe.data.val, "store.path": recipe.store.path}
-    return update(
-        recipe, {key: str(Path(path).resolve()) for key, path in paths.items() if path and Path(path).exists()}
-    )
+    places = {key: path for key, path in paths.items() if path and path != "sample"}
+    return update(recipe, {key: str(Path(path).resolve()) for key, path in places.items()})
 
 
 def _finished(setup: Experiment, out: Path) -> Summary | None:
