@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from distill_cli.data import open_source
 from distill_cli.data.folder import ImageFolder
-from distill_cli.data.sources import Source, fingerprint, open_source, without_labels
+from distill_cli.data.sources import Source, fingerprint, without_labels
 from distill_cli.data.views import DataConfig, View, checksum, resolve_view, train_transform
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved, seed_everything

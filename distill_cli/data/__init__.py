@@ -1,8 +1,40 @@
-"""Images in, batches out: where they are (`sources`), what is done to them (`views`), in which order (`loader`)."""
+"""Images in, batches out: where they are (`sources`), what is done to them (`views`), in which order (`loader`).
 
-from distill_cli.data.sources import Source, open_source, without_labels
+`--data` names them:
+
+    DIR            class folders, in `train/` and `val/` or as one tree; a folder without classes is unlabelled
+    DIR            an IDX folder of the MNIST family (`*-images-idx3-ubyte[.gz]`)
+    sample         the real images shipped in the package: 10,000 + 2,000 of Fashion-MNIST
+"""
+
+from pathlib import Path
+
+from distill_cli.data.folder import open_folder
+from distill_cli.data.idx import holds_idx, open_idx, open_sample
+from distill_cli.data.sources import Source, without_labels
 from distill_cli.data.views import DataConfig
 from distill_cli.errors import UsageError
+
+PREFIXES_TO_COME = ("wds:", "hf:", "timm:")
+
+
+def open_source(path: str, split: str) -> Source | None:
+    """Open the `train` or `val` split of what `--data` names; None where this data has no such split.
+
+    A tree without `train/` and `val/` is its own `train` split.
+
+    Raises:
+        UsageError: there is nothing of the kind at `path`.
+    """
+    if path == "sample":
+        return open_sample(split)
+    if path.startswith(PREFIXES_TO_COME):
+        raise UsageError(f'--data {path}: not read by this version; it reads folders, IDX folders and "sample"')
+    folder = Path(path)
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "no such folder"
+        raise UsageError(f'--data {path}: {found}; give a folder of images, an IDX folder or "sample"')
+    return open_idx(folder, split) if holds_idx(folder) else open_folder(folder, split)
 
 
 def open_train(config: DataConfig) -> Source:

@@ -1,25 +1,15 @@
-"""A source of images: sample id -> image and label, the id being the sample's place in a sorted listing.
-
-`--data` names one:
-
-    DIR            class folders, in `train/` and `val/` or as one tree; a folder without classes is unlabelled
-    DIR            an IDX folder of the MNIST family (`*-images-idx3-ubyte[.gz]`)
-    sample         the real images shipped in the package: 10,000 + 2,000 of Fashion-MNIST
-"""
+"""What a source of images is: sample id -> image and label, the id being the sample's place in a sorted listing."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from distill_cli.errors import DistillError, MismatchError, UsageError
+from distill_cli.errors import DistillError, MismatchError
 from distill_cli.files import sha256
-
-PREFIXES_TO_COME = ("wds:", "hf:", "timm:")
 
 
 class UnreadableImage(DistillError):
@@ -53,28 +43,6 @@ class Source(Protocol):
             UnreadableImage: the file cannot be read or is no image.
         """
         ...
-
-
-def open_source(path: str, split: str) -> Source | None:
-    """Open the `train` or `val` split of what `--data` names; None where this data has no such split.
-
-    A tree without `train/` and `val/` is its own `train` split.
-
-    Raises:
-        UsageError: there is nothing of the kind at `path`.
-    """
-    from distill_cli.data.folder import open_folder
-    from distill_cli.data.idx import holds_idx, open_idx, open_sample
-
-    if path == "sample":
-        return open_sample(split)
-    if path.startswith(PREFIXES_TO_COME):
-        raise UsageError(f'--data {path}: not read by this version; it reads folders, IDX folders and "sample"')
-    folder = Path(path)
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "no such folder"
-        raise UsageError(f'--data {path}: {found}; give a folder of images, an IDX folder or "sample"')
-    return open_idx(folder, split) if holds_idx(folder) else open_folder(folder, split)
 
 
 def without_labels(source: Source) -> Source:

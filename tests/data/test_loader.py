@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.loader import Batch, Batches, ListingOrder, Order, TrainingOrder, load
-from distill_cli.data.sources import Source, UnreadableImage, open_source, without_labels
+from distill_cli.data.sources import Source, UnreadableImage, without_labels
 from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
 from distill_cli.errors import DistillError
 from distill_cli.randomness import preserved, seed_everything
