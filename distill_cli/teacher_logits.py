@@ -139,7 +139,8 @@ def teacher_logits(recipe: Recipe, out: Path, world: World, report: Report | Non
         captured = _capture(capture, writer, world, report)
         manifest = writer.finish()
     wall_s = time.monotonic() - start
-    report.stage(f"{out}: {manifest.rows} rows, {manifest.bytes} bytes")
+    own = "" if manifest.top1 is None else f"; the teacher's own top1 on them is {manifest.top1:.2f}"
+    report.stage(f"{out}: {manifest.rows} rows, {manifest.bytes} bytes{own}")
     if manifest.skipped:
         report.warn(f"{out}: {len(manifest.skipped)} images could not be decoded and have no rows")
     return _summary("done", out, capture.plan, manifest, captured / wall_s, wall_s)
