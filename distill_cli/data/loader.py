@@ -181,18 +181,22 @@ def load(batches: Batches, numbers: Iterable[int], workers: int, device: torch.d
         worker_init_fn=_leave_signals_to_main,
     )
     loaded = iter(loader)
-    while True:
-        try:
-            batch = next(loaded)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DistillError(f"{' '.join(str(error).split())} Run the same command again to go on") from error
-        if isinstance(batch, DistillError):
-            raise batch
-        yield batch.to(device)
+    try:
+        while True:
+            try:
+                batch = next(loaded)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DistillError(f"{' '.join(str(error).split())} Run the same command again to go on") from error
+            if isinstance(batch, DistillError):
+                raise batch
+            yield batch.to(device)
+    finally:
+        # An error holds this frame, and the frame the workers: let go of them here, not when garbage is collected.
+        del loaded
 
 
 def _leave_signals_to_main(worker: int) -> None:

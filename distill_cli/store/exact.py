@@ -70,7 +70,9 @@ def encode(plan: Plan, view: int, shard: int, rows: Rows, probe_crc: NDArray[np.
     }
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
-        file.attrs.update(_attributes(plan, view, shard))
+        for name, value in _attributes(plan, view, shard).items():
+            # Text of fixed length: over a damaged heap of variable-length strings HDF5 loops without end.
+            file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
         for name, dtype in dtypes(plan).items():
             file.create_dataset(name, data=np.ascontiguousarray(arrays[name], dtype=dtype))
     return buffer.getvalue()
@@ -85,7 +87,7 @@ def open_shard(path: Path, plan: Plan, view: int, shard: int) -> Shard:
     expected = _attributes(plan, view, shard)
     try:
         with h5py.File(path, "r", locking=False) as file:
-            found = {name: _plain(file.attrs.get(name)) for name in expected}
+            found = {name: _attribute(file, name) for name in expected}
             layout = {name: _extent(file, name) for name in dtypes(plan)}
     except FileNotFoundError:
         raise DamagedError(f'{path}: missing; run the same "distill teacher-logits" command again') from None
@@ -152,8 +154,12 @@ def _attributes(plan: Plan, view: int, shard: int) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "plan_sha256": plan.sha256, "view": view, "shard": shard}
 
 
-def _plain(value: Any) -> Any:
-    """An attribute as Python has it; what is no scalar becomes text, which equals nothing that is expected."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if isinstance(value, str | int) else repr(value)
+def _attribute(file: h5py.File, name: str) -> str | int | None:
+    """A number or a text of fixed length; None where there is neither."""
+    if name not in file.attrs:
+        return None
+    attribute = file.attrs.get_id(name)
+    if attribute.shape != () or attribute.dtype.kind not in "iuS":
+        return None
+    value: int | bytes = file.attrs[name].item()
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

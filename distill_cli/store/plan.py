@@ -183,7 +183,7 @@ def read_plan(store: Path) -> Plan:
         _check_values(plan)
     except (TypeError, ValueError, KeyError) as error:
         raise DamagedError(f"{path}: not a plan ({error}); restore it from a copy") from error
-    if plan.text != path.read_text():
+    if plan.text.encode() != path.read_bytes():
         raise DamagedError(f"{path}: was edited by hand; restore it from a copy")
     return plan
 

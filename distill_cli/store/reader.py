@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from distill_cli.errors import DamagedError
 from distill_cli.files import sha256_file
-from distill_cli.store.exact import ADVICE, Rows, Shard, open_shard
+from distill_cli.store.exact import ADVICE, Rows, Shard, dtypes, open_shard
 from distill_cli.store.plan import Manifest, Plan, read_manifest, read_plan, shard_path
 
 OPEN_SHARDS = 256
@@ -55,7 +55,7 @@ class Store:
         """
         places = self.plan.dealing.place(sample_ids)
         shards = places // self.plan.shard_rows
-        dtype = self.shard(view, 0).rows.class_id.dtype
+        dtype = dtypes(self.plan)["class_id"]
         n, k = len(sample_ids), self.plan.top_k
         out = Rows(sample_ids, np.empty((n, k), dtype), np.empty((n, k), np.float16), np.empty(n, np.float32))
         for shard in np.unique(shards):
@@ -82,6 +82,7 @@ class Store:
             self._open[view, shard] = open_shard(path, self.plan, view, shard)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
+        self._open.move_to_end((view, shard))
         return self._open[view, shard]
 
     def _verify(self, path: Path, expected: str) -> None:
