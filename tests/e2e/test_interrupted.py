@@ -119,6 +119,7 @@ def test_two_at_once_in_one_directory(teacher, folder, tmp_path):
     out = tmp_path / "store"
     first = start(*capture(teacher, folder, out))
     wait_until(lambda: (out / "plan.json").exists(), first)
+    first.send_signal(signal.SIGSTOP)
     _, err = run(*capture(teacher, folder, out), code=75)
     assert f"held by pid {first.pid} on " in err
     kill(first)

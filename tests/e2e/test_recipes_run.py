@@ -9,7 +9,10 @@ pytestmark = pytest.mark.slow
 
 SMALL = {
     "tinyvit-21m-in1k": ("student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}",),
-    "tinyvit-21m-in22k": ("student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}",),
+    "tinyvit-21m-in22k": (
+        "student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}",
+        "teacher.num_classes=10",
+    ),
     "deit-small-in1k": ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=7"),
     "quickstart-teacher": (),
     "quickstart-student": (),
