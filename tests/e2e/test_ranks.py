@@ -23,7 +23,7 @@ def distil(store: Path, folder: Path, out: Path) -> list[str]:
 
 def test_two_ranks_train_the_weights_of_one_process(store, folder, tmp_path):
     alone = run_json(*distil(store, folder, tmp_path / "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     arguments = ["-m", "distill_cli", *distil(store, folder, tmp_path / "two"), "--json"]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
