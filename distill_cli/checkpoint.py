@@ -16,6 +16,8 @@ from distill_cli.files import canonical_json
 from distill_cli.tensors import save_tensors
 
 FOLDER = "checkpoints"
+RECIPE, RESULT = "recipe.toml", "result.json"
+"""The first and the last file of a run."""
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> Path:

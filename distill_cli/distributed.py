@@ -50,11 +50,9 @@ class World:
         """The largest of the ranks' numbers: one rank's signal stops all of them at the same step."""
         if self.size == 1:
             return number
-        return int(self._max(torch.tensor(number, device=self.device)).item())
-
-    def _max(self, value: Tensor) -> Tensor:
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest.item())
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -129,7 +127,7 @@ class Signals:
     with Signals() as signals:
         for batch in batches:
             ...
-            if signals.received: save and raise signals.stopped("…")
+            if signals.received: save, and raise stopped(signals.received, "…")
     """
 
     def __init__(self) -> None:

@@ -7,22 +7,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from distill_cli.checkpoint import RECIPE
 from distill_cli.data import open_train, open_val
 from distill_cli.data.loader import Batch, Batches, ListingOrder, load
 from distill_cli.data.sources import Source, check_classes
 from distill_cli.data.views import (
     DataConfig,
     View,
-    eval_transform,
     resolve_view,
     stored_view,
     train_transform,
 )
 from distill_cli.distributed import World
 from distill_cli.errors import GateError, MismatchError, UsageError
-from distill_cli.metrics import Accuracy, measure_accuracy, measure_agreement
+from distill_cli.metrics import Accuracy, every_image, measure_accuracy, measure_agreement
 from distill_cli.recipe import Recipe, update
 from distill_cli.recipe import load as load_recipe
 from distill_cli.replay import SparseRows, check_data, prove_replay
@@ -182,7 +180,7 @@ def _open(recipe: Recipe, run: str | None, world: World, report: Report) -> _Eva
     frozen = _load(recipe, run, report)
     origins: dict[str, str] = {}
     if run is not None and recipe.data.path is None and recipe.data.val is None:
-        there = load_recipe(str(Path(run) / "recipe.toml")).recipe.data
+        there = load_recipe(str(Path(run) / RECIPE)).recipe.data
         settled = {"data.path": there.path, "data.val": there.val, "data.labelled": there.labelled}
         recipe, origins = update(recipe, settled), dict.fromkeys(settled, "run")
     source, split = open_val(recipe.data), "val"
@@ -251,9 +249,7 @@ def _stored_images(recipe: Recipe, frozen: Frozen, store: Store) -> Source:
 
 def _batches(opened: _Evaluation, world: World) -> Iterator[Batch]:
     config = opened.recipe
-    order = ListingOrder(np.arange(len(opened.source)), config.eval.batch_size, world.rank, world.size)
-    batches = Batches(opened.source, eval_transform(opened.view), order, skip_unreadable=config.data.skip_unreadable)
-    return load(batches, range(order.batches), world.workers, world.device)
+    return every_image(opened.source, opened.view, config.eval.batch_size, config.data.skip_unreadable, world)
 
 
 def _stored_batches(opened: _Evaluation, store: Store, world: World) -> Iterator[Batch]:

@@ -90,7 +90,7 @@ class Experiment:
                 "crop_pct": view.crop_pct,
             },
             recipe_sha256=recipe_fingerprint(recipe),
-            data_fingerprint=sha256(canonical_json(fingerprint(self.source))),
+            data_fingerprint=sha256(canonical_json(self.identity["data"])),
             objective=recipe.objective.name,
             teacher=plan.teacher["name"] if plan else None,
             store=plan.sha256 if plan else None,

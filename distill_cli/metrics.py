@@ -1,17 +1,20 @@
 """What is measured of a model: sums over exactly the images there are, whatever the batches and ranks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_cli.config import NonNegative, Positive, Precision, section
-from distill_cli.data.loader import Batch
+from distill_cli.data.loader import Batch, Batches, ListingOrder, load
+from distill_cli.data.sources import Source
+from distill_cli.data.views import View, eval_transform
 from distill_cli.distributed import World
 from distill_cli.errors import DistillError
 from distill_cli.report import Progress
@@ -62,6 +65,13 @@ class Agreement:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """bfloat16 autocast, or nothing for `fp32`."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def every_image(source: Source, view: View, batch_size: int, skip_unreadable: bool, world: World) -> Iterator[Batch]:
+    """This rank's share of all images of a source, as a model is evaluated on them."""
+    order = ListingOrder(np.arange(len(source)), batch_size, world.rank, world.size)
+    batches = Batches(source, eval_transform(view), order, skip_unreadable=skip_unreadable)
+    return load(batches, range(order.batches), world.workers, world.device)
 
 
 @torch.inference_mode()

@@ -93,7 +93,7 @@ class CaptureOrder:
     batch_size: int
 
     def batches(self, shard: int) -> int:
-        return -(-len(_ids_of(self.dealing, shard)) // self.batch_size)
+        return -(-len(self.dealing.places(shard)) // self.batch_size)
 
     def numbers(self) -> Iterator[int]:
         for index, (_, shard) in enumerate(self.missing):
@@ -222,7 +222,7 @@ def _capture(capture: _Capture, writer: StoreWriter, world: World, report: Repor
     """Compute and write the missing shards; gives the number of rows that were computed."""
     plan, missing = capture.plan, tuple(writer.missing())
     order = CaptureOrder(plan.dealing, missing, capture.recipe.store.batch_size)
-    todo = sum(len(plan.dealing.sample_ids(shard)) for _, shard in missing)
+    todo = sum(len(plan.dealing.places(shard)) for _, shard in missing)
     report.stage(f"writing {len(missing)} of {plan.views * plan.shards} shards to {writer.path}")
     loaded = _loaded(capture, order, order.numbers(), world)
     captured = 0

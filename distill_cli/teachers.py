@@ -8,6 +8,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from distill_cli.checkpoint import RESULT
 from distill_cli.config import Positive, section
 from distill_cli.errors import DamagedError, MismatchError, UsageError
 from distill_cli.students.build import create, input_config, timm_name
@@ -76,12 +77,12 @@ def load_frozen(config: TeacherConfig, flag: str = "--teacher") -> Frozen:
 
 def _from_run(run: Path, config: TeacherConfig) -> Frozen:
     path = run / STUDENT
-    if not (run / "result.json").is_file() or not path.is_file():
+    if not (run / RESULT).is_file() or not path.is_file():
         raise DamagedError(f"{run}: not a finished run; run its distill train command again to finish it")
     card = read_card(path)
     if card is None:
         raise DamagedError(f"{path}: carries no card of a run; restore it from a copy")
-    return _from_card(card, path, config)
+    return _from_card(card, read_weights(path), path, config)
 
 
 def _from_weights(name: str, path: Path, config: TeacherConfig) -> Frozen:
@@ -89,18 +90,17 @@ def _from_weights(name: str, path: Path, config: TeacherConfig) -> Frozen:
     card = read_card(path)
     full = timm_name(name)
     if card is not None and card.student == full:
-        return _from_card(card, path, config)
+        return _from_card(card, weights, path, config)
     count = _classes_of(full, weights, path)
     model = create(full, num_classes=count, arguments=config.kwargs or {})
     fill(model, weights, path)
     return _frozen(full, model, weights, count, config)
 
 
-def _from_card(card: Card, path: Path, config: TeacherConfig) -> Frozen:
+def _from_card(card: Card, weights: Mapping[str, Tensor], path: Path, config: TeacherConfig) -> Frozen:
     for key, asked in (config.kwargs or {}).items():
         if card.arguments.get(key) != asked:
             raise MismatchError(f"{path}: was built with {key} {card.arguments.get(key)}, {asked} asked; leave it out")
-    weights = read_weights(path)
     model = create(card.student, num_classes=card.num_classes, arguments=card.arguments)
     fill(model, weights, path)
     return _frozen(card.student, model, weights, card.num_classes, config, card)

@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distill_cli.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
-from distill_cli.data.loader import Batch, Batches, ListingOrder, load
-from distill_cli.data.views import eval_transform, train_transform
+from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoints, load_checkpoint, save_checkpoint
+from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.errors import DistillError, MismatchError
 from distill_cli.experiment import Experiment, open_experiment
@@ -30,7 +29,7 @@ from distill_cli.files import (
     write_json,
 )
 from distill_cli.history import History, Window, last_validation
-from distill_cli.metrics import Accuracy, autocast, measure_accuracy
+from distill_cli.metrics import Accuracy, autocast, every_image, measure_accuracy
 from distill_cli.objectives import Losses
 from distill_cli.optim import build_optimizer, learning_rate
 from distill_cli.randomness import derive
@@ -41,7 +40,6 @@ from distill_cli.report import Report
 from distill_cli.students.build import parameters_in_millions
 from distill_cli.students.weights import STUDENT, save_student
 
-RECIPE, RESULT = "recipe.toml", "result.json"
 BILL_STEPS = 4
 """Steps that a dry run times."""
 
@@ -126,7 +124,6 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     images_per_s = images / max(time.monotonic() - start, 1e-3)
     tensors = [*setup.objective.state_dict().values()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    batch_size = min(setup.recipe.train.batch_size, len(setup.order.sample_ids))
     return Bill(
         recipe=setup.recipe,
         origins=setup.origins,
@@ -134,7 +131,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
         epochs=setup.epochs,
         parameters_m=parameters_in_millions(setup.objective.student),
         images_per_s=round(images_per_s, 1),
-        hours=round(setup.steps * batch_size / images_per_s / 3600, 4) if images_per_s else 0.0,
+        hours=round(setup.steps * setup.order.images_per_step / images_per_s / 3600, 4) if images_per_s else 0.0,
         checkpoint_bytes=3 * weights,
         free_bytes=free_bytes(out),
     )
@@ -265,9 +262,7 @@ def _validate(setup: Experiment, world: World, signals: Signals) -> Accuracy:
     """The student's accuracy on all validation images, in fp32 as `distill eval` has it."""
     assert setup.val is not None
     config = setup.recipe
-    order = ListingOrder(np.arange(len(setup.val)), config.eval.batch_size, world.rank, world.size)
-    batches = Batches(setup.val, eval_transform(setup.view), order, skip_unreadable=config.data.skip_unreadable)
-    loaded = load(batches, range(order.batches), world.workers, world.device)
+    loaded = every_image(setup.val, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
     student = setup.objective.student.eval()
     with Report(quiet=True).progress("", 0) as progress:
         return measure_accuracy(student, _until(signals, loaded, world), setup.classes, world, "fp32", progress)

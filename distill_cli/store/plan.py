@@ -103,10 +103,13 @@ class Dealing:
         """The place of each sample; `place // shard_rows` is its shard."""
         return self._walk(sample_ids, range(ROUNDS))
 
+    def places(self, shard: int) -> range:
+        """The places of one shard; its length is the shard's, with no sample to be looked for."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.samples))
+
     def sample_ids(self, shard: int) -> NDArray[np.int64]:
         """The samples of one shard, by place."""
-        places = np.arange(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.samples))
-        return self._walk(places, range(ROUNDS - 1, -1, -1))
+        return self._walk(np.array(self.places(shard), np.int64), range(ROUNDS - 1, -1, -1))
 
     def _walk(self, numbers: NDArray[np.int64], rounds: range) -> NDArray[np.int64]:
         forward = rounds.step > 0

@@ -1,0 +1,39 @@
+"""Rows of a store in memory: what codecs take and give."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What all rows of a store have in common; a codec needs to know no more."""
+
+    num_classes: int
+    width: int
+    """The most entries that a row can have; where rows are not ragged, the entries of each."""
+    ragged: bool = False
+    """Whether each row has its own number of entries."""
+    bits: int = 8
+    """Of the codec `compact`."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one view. Where they are ragged, entry j >= count of a row is padding: class 0, log-probability -inf."""
+
+    sample_id: NDArray[Any]
+    """`[n]`."""
+    class_id: NDArray[Any]
+    """`[n, k]`, most probable first."""
+    log_prob: NDArray[Any]
+    """`[n, k]`."""
+    log_tail: NDArray[Any]
+    """`[n]`: log of the mass of all other classes; -inf where nothing remains."""
+    count: NDArray[np.int64] | None = None
+    """`[n]`: entries of each row; None where each has k."""
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
