@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_cli import __version__
-from distill_cli.files import free_bytes, locked
+from distill_cli.files import free_bytes
+from distill_cli.locks import locked
 from distill_cli.software import versions
 
 LIBRARIES = (

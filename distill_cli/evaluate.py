@@ -25,6 +25,7 @@ from distill_cli.recipe import Recipe, update
 from distill_cli.recipe import load as load_recipe
 from distill_cli.replay import SparseRows, check_data, prove_replay
 from distill_cli.report import Report
+from distill_cli.store import open_store
 from distill_cli.store.reader import Store
 from distill_cli.students.build import check_forward, constructor_arguments, parameters_in_millions
 from distill_cli.teachers import Frozen, TeacherConfig, load_frozen
@@ -114,7 +115,7 @@ def evaluate(recipe: Recipe, run: str | None, world: World, report: Report | Non
                 progress,
             )
     if opened.store is not None:
-        report.stage(f"comparing with the rows of {opened.store.path}")
+        report.stage(f"comparing with the rows of {opened.store}")
         stored = _stored_batches(opened, opened.store, world)
         with report.progress("agreement", len(opened.store.sample_ids)) as progress:
             agreement = measure_agreement(
@@ -186,7 +187,7 @@ def _open(recipe: Recipe, run: str | None, world: World, report: Report) -> _Eva
     source, split = open_val(recipe.data), "val"
     if source is None:
         source, split = open_train(recipe.data), "train"
-    store = None if recipe.store.path is None else Store(Path(recipe.store.path))
+    store = open_store(recipe.store)
     if source.labels is None and store is None:
         raise UsageError(
             f"--data {recipe.data.path}: has no labels to evaluate against; give labelled images, or a --store"
@@ -233,7 +234,7 @@ def _stored_images(recipe: Recipe, frozen: Frozen, store: Store) -> Source:
     """
     if store.plan.num_classes != frozen.num_classes:
         raise MismatchError(
-            f"store {store.path}: has {store.plan.num_classes} classes, the model {frozen.num_classes}; "
+            f"store {store}: has {store.plan.num_classes} classes, the model {frozen.num_classes}; "
             "give a store of the same classes"
         )
     refusal: MismatchError | None = None
@@ -244,7 +245,7 @@ def _stored_images(recipe: Recipe, frozen: Frozen, store: Store) -> Source:
                 return source
         except MismatchError as error:
             refusal = refusal or error
-    raise refusal or MismatchError(f"store {store.path}: is not of the data {recipe.data.path}")
+    raise refusal or MismatchError(f"store {store}: is not of the data {recipe.data.path}")
 
 
 def _batches(opened: _Evaluation, world: World) -> Iterator[Batch]:
@@ -258,7 +259,7 @@ def _stored_batches(opened: _Evaluation, store: Store, world: World) -> Iterator
     transform = train_transform(stored_view(DataConfig(), store.plan.transform))
     prove_replay(store, opened.stored, transform)
     order = ListingOrder(store.sample_ids, opened.recipe.eval.batch_size, world.rank, world.size)
-    batches = Batches(opened.stored, transform, order, seed=store.plan.seed, rows=SparseRows(store))
+    batches = Batches(opened.stored, transform, order, drawn=store.drawn, rows=SparseRows(store))
     return load(batches, range(order.batches), world.workers, world.device)
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from distill_cli.recipe import fingerprint as recipe_fingerprint
 from distill_cli.replay import check_data
 from distill_cli.report import Report
 from distill_cli.software import versions
+from distill_cli.store import open_store
 from distill_cli.store.reader import Store
 from distill_cli.students.build import check_forward, constructor_arguments, create, input_config, timm_name
 from distill_cli.students.weights import Card
@@ -68,7 +68,7 @@ class Experiment:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with besides the recipe."""
-        return {"data": fingerprint(self.source), "store": self.store and self.store.plan.sha256}
+        return {"data": fingerprint(self.source), "store": self.store and self.store.id}
 
     def card(self, top1: float | None, top5: float | None) -> Card:
         """What the weights of this experiment say of themselves."""
@@ -93,7 +93,7 @@ class Experiment:
             data_fingerprint=sha256(canonical_json(self.identity["data"])),
             objective=recipe.objective.name,
             teacher=plan.teacher["name"] if plan else None,
-            store=plan.sha256 if plan else None,
+            store=self.store.id if self.store else None,
             top1=top1,
             top5=top5,
             software=versions(),
@@ -109,7 +109,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     report.stage("opening the data")
     source = open_train(recipe.data)
     val = open_val(recipe.data)
-    store = None if recipe.store.path is None else Store(Path(recipe.store.path))
+    store = open_store(recipe.store)
     if recipe.student.name is None:
         raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
     classes = _classes(recipe, source, val, store)
@@ -130,7 +130,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     assert settled.objective is not None
     objective = build(settled.objective, student).to(world.device)
     _check_needs(objective, settled, source, store)
-    _warn(recipe, source, val, report)
+    _warn(recipe, source, val, store, report)
     return Experiment(settled, origins, source, val, store, view, objective, order, classes, arguments)
 
 
@@ -155,10 +155,12 @@ def _settle(
     return settled, {path: origin for path, (origin, _) in decided.items()}
 
 
-def _warn(recipe: Recipe, source: Source, val: Source | None, report: Report) -> None:
+def _warn(recipe: Recipe, source: Source, val: Source | None, store: Store | None, report: Report) -> None:
     batch_size = recipe.train.batch_size
     if len(source) < batch_size:
         report.warn(f"--batch-size {batch_size}: is more than the {len(source)} images; an epoch is one batch of all")
+    if store is not None and store.unfinished_views:
+        report.warn(f"store {store}: {store.unfinished_views} more views are not complete yet and are not read")
     if val is None or val.labels is None:
         lack = "validation split" if val is None else "labels to validate on"
         report.warn(f"--data {recipe.data.path}: has no {lack}, so there is no top1; data.val names other images")
@@ -205,7 +207,7 @@ def _order(recipe: Recipe, source: Source, store: Store | None, world: World) ->
         sample_ids=store.sample_ids if store else np.arange(len(source)),
         batch_size=config.batch_size,
         seed=config.seed,
-        views=store.plan.views if store else 2**31,
+        views=store.views if store else 2**31,
         rank=world.rank,
         world_size=world.size,
     )
@@ -214,6 +216,12 @@ def _order(recipe: Recipe, source: Source, store: Store | None, world: World) ->
 def _check_needs(objective: Objective, recipe: Recipe, source: Source, store: Store | None) -> None:
     assert recipe.objective is not None
     name = recipe.objective.name
+    temperature = getattr(recipe.objective, "temperature", 1)
+    if store is not None and store.sampled and "logits" in objective.needs and temperature != 1:
+        raise MismatchError(
+            f"objective.temperature: {temperature} asked, the rows of store {store} are sampled at temperature 1, "
+            "and are unbiased for no other; leave it at 1, or write a store without --sample"
+        )
     if "logits" in objective.needs and store is None:
         raise UsageError(f"objective {name}: learns from a store; give --store, or --objective supervised")
     if "labels" in objective.needs and source.labels is None:

@@ -1,22 +1,16 @@
-"""Directories that are filled atomically: temporary name, fsync, rename; one holder at a time."""
+"""Directories that are filled atomically: temporary name, fsync, rename."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill_cli.errors import BusyError, UsageError
+from distill_cli.errors import UsageError
 
-LOCK = ".lock"
-_TEMPORARY = ".tmp-"
-_held: set[Path] = set()
-"""Locks of this process, which the kernel would give it twice."""
+LOCK, _TEMPORARY = ".lock", ".tmp-"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -64,9 +58,10 @@ def sha256(content: bytes | str) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+def sha256_file(path: Path, start: int = 0) -> str:
+    """The sha256 of a file from byte `start` on, in hexadecimal."""
     with path.open("rb") as file:
+        file.seek(start)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -89,49 +84,6 @@ def check_ours(folder: Path, marks: tuple[str, ...], what: str) -> None:
         names = {entry.name for entry in folder.iterdir() if not entry.name.startswith((LOCK, _TEMPORARY))}
         if names and not names & set(marks):
             raise UsageError(f"{folder}: is not empty and not a {what}; choose another --out")
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it: the kernel frees the lock when the process ends, however it ends.
-
-    Raises:
-        BusyError: another process holds it; the message names its pid and host.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder.resolve() / LOCK
-    while True:
-        with path.open("a+") as file:
-            try:
-                if path in _held:
-                    raise BlockingIOError
-                # A record lock, which ends with its process; loader workers would inherit a flock and hold on to it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise BusyError(f"{folder}: held by {holder}; wait for it, or choose another --out") from None
-            # The holder before us removes the file as it leaves: then this lock is on a name that is gone.
-            if not _is_at(path, file.fileno()):
-                continue
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            _held.add(path)
-            try:
-                yield
-            finally:
-                _held.discard(path)
-                path.unlink(missing_ok=True)
-            return
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file still has its name."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _fsync_directory(folder: Path) -> None:

@@ -21,16 +21,16 @@ def check_data(store: Store, source: Source) -> None:
     """
     plan = store.plan
     classes = plan.teacher["classes"]
-    check_classes(source, f"store {store.path}", plan.num_classes, classes and tuple(classes))
+    check_classes(source, f"store {store}", plan.num_classes, classes and tuple(classes))
     advice = "give the data that the store was written from"
     if len(source) != plan.samples:
-        raise MismatchError(f"store {store.path}: is of {plan.samples} images, the data has {len(source)}; {advice}")
+        raise MismatchError(f"store {store}: is of {plan.samples} images, the data has {len(source)}; {advice}")
     found = fingerprint(source)
     for part in ("keys", "labels"):
         ours, theirs = plan.data[f"{part}_sha256"], found[f"{part}_sha256"]
         if ours and theirs and ours != theirs:
             raise MismatchError(
-                f"store {store.path}: {part} fingerprint {ours[:12]}, that of the data {theirs[:12]}; {advice}"
+                f"store {store}: {part} fingerprint {ours[:12]}, that of the data {theirs[:12]}; {advice}"
             )
 
 
@@ -40,20 +40,29 @@ def prove_replay(store: Store, source: Source, transform: Transform) -> int:
     Raises:
         MismatchError: an input differs; libraries of other versions than the store's are named.
     """
-    plan = store.plan
-    proven = 0
-    for view, shard in dict.fromkeys([(0, 0), (plan.views - 1, plan.shards - 1)]):
-        opened = store.shard(view, shard)
-        for sample_id, expected in zip(opened.rows.sample_id.tolist(), opened.probe_crc.tolist(), strict=False):
-            with preserved():
-                found = checksum(transform([source.read(sample_id)], plan.seed, view, [sample_id])[0])
-            if found != expected:
-                raise MismatchError(
-                    f"store {store.path}: view {view} of {source.keys[sample_id]} does not replay to the pixels that "
-                    f"the teacher saw; {_cause(plan.software)}"
-                )
-            proven += 1
-    return proven
+    last = store.generation_of(store.views - 1)[0].plan.shards - 1
+    return sum(prove_shard(store, view, shard, source, transform) for view, shard in {(0, 0), (store.views - 1, last)})
+
+
+def prove_shard(store: Store, view: int, shard: int, source: Source, transform: Transform) -> int:
+    """Replay the first inputs of one shard and compare their checksums; gives their number.
+
+    Raises:
+        MismatchError: as `prove_replay`.
+    """
+    plan = store.generation_of(view)[0].plan
+    opened = store.shard(view, shard)
+    seed, drawn = store.drawn[view]
+    sample_ids = np.delete(plan.dealing.sample_ids(shard), opened.skipped)
+    for sample_id, expected in zip(sample_ids.tolist(), opened.probe_crc.tolist(), strict=False):
+        with preserved():
+            found = checksum(transform([source.read(sample_id)], seed, drawn, [sample_id])[0])
+        if found != expected:
+            raise MismatchError(
+                f"store {store}: view {view} of {source.keys[sample_id]} does not replay to the pixels that "
+                f"the teacher saw; {_cause(plan.software)}"
+            )
+    return len(opened.probe_crc)
 
 
 class SparseRows:
@@ -68,6 +77,7 @@ class SparseRows:
             torch.from_numpy(rows.class_id.astype(np.int64)),
             torch.from_numpy(rows.log_prob.astype(np.float32)),
             torch.from_numpy(rows.log_tail),
+            None if rows.count is None else torch.from_numpy(rows.count),
         )
 
 

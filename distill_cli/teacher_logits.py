@@ -1,36 +1,28 @@
 """`distill teacher-logits`: write a store of a teacher's sparse logits over the views of some images."""
 
-import functools
+import bisect
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from distill_cli.data import open_train
-from distill_cli.data.loader import Batch, Batches, load
-from distill_cli.data.sources import Source, check_classes, fingerprint
-from distill_cli.data.views import DEFAULTS, View, checksum, resolve_view, train_transform
-from distill_cli.distributed import Signals, World, stopped
-from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import check_ours, free_bytes, locked
-from distill_cli.metrics import autocast
-from distill_cli.recipe import Recipe, update
+from distill_cli.capture import Capture, CaptureOrder, Piece, Taught, batches_of, fill, join, open_capture, teach
+from distill_cli.distributed import World
+from distill_cli.errors import UsageError
+from distill_cli.files import check_ours, free_bytes
+from distill_cli.locks import shared
+from distill_cli.recipe import Recipe
 from distill_cli.report import Report
-from distill_cli.software import versions
-from distill_cli.sparse import top_k
-from distill_cli.store.exact import Rows, encode
-from distill_cli.store.plan import MANIFEST, PLAN, PROBES, Dealing, Manifest, Plan
+from distill_cli.store.manifest import Manifest, ShardEntry
+from distill_cli.store.plan import PROBES, Generation, Plan, numbered
+from distill_cli.store.rows import Rows, first, trim
+from distill_cli.store.shard import encode, open_shard
 from distill_cli.store.writer import StoreWriter, check_plan
-from distill_cli.students.build import check_forward
-from distill_cli.teachers import Frozen, load_frozen
 
-DEFAULT_TOP_K = 10
+MARKS = (numbered("plan", 0), numbered("manifest", 0))
 BILL_BATCHES = 6
 """Batches that a dry run times."""
 
@@ -38,9 +30,10 @@ BILL_BATCHES = 6
 @dataclass(frozen=True)
 class Summary:
     status: str
-    """`done` or `already_done`."""
+    """`done`; `already_done`; or `part`, where others have shards still to write."""
     store: str
     rows: int
+    """Of the store; of the shards asked for, where the status is `part`."""
     views: int
     shards: int
     bytes: int
@@ -49,6 +42,7 @@ class Summary:
     """The teacher's own accuracy on the rows, in percent; None without labels."""
     top5: float | None
     images_per_s: float | None
+    """Of this process."""
     wall_s: float
     skipped: int
     store_id: str
@@ -68,82 +62,77 @@ class Bill:
     images_per_s: float
     hours: float
     free_bytes: int
+    mass: float
+    """Mean mass of the classes that a row keeps."""
+    half_top_k: int | None
+    """`--top-k` with half the bytes; None where no k has."""
+    half_top_k_mass: float | None
+    half_views: int | None
+    """`--views` with half the bytes and half the hours; None where there is only one."""
 
 
-@dataclass(frozen=True)
-class _Capture:
-    """Everything that the rows depend on, opened and checked."""
-
-    recipe: Recipe
-    origins: dict[str, str]
-    teacher: Frozen
-    source: Source
-    view: View
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class CaptureOrder:
-    """Batch number -> (view, sample ids), shard after shard; a batch never crosses shards, so that what is in a shard
-    does not depend on which others were missing."""
-
-    dealing: Dealing
-    missing: tuple[tuple[int, int], ...]
-    """(view, shard)."""
-    batch_size: int
-
-    def batches(self, shard: int) -> int:
-        return -(-len(self.dealing.places(shard)) // self.batch_size)
-
-    def numbers(self) -> Iterator[int]:
-        for index, (_, shard) in enumerate(self.missing):
-            first = index * self._stride
-            yield from range(first, first + self.batches(shard))
-
-    def __call__(self, number: int) -> tuple[int, NDArray[np.int64]]:
-        index, batch = divmod(number, self._stride)
-        view, shard = self.missing[index]
-        return view, _ids_of(self.dealing, shard)[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-    @property
-    def _stride(self) -> int:
-        return -(-self.dealing.shard_rows // self.batch_size)
-
-
-@functools.lru_cache(maxsize=2)
-def _ids_of(dealing: Dealing, shard: int) -> NDArray[np.int64]:
-    return dealing.sample_ids(shard)
-
-
-def teacher_logits(recipe: Recipe, out: Path, world: World, report: Report | None = None) -> Summary:
+def teacher_logits(
+    recipe: Recipe, out: Path, world: World, report: Report | None = None, shards: tuple[int, int] | None = None
+) -> Summary:
     """Write the store of `recipe.teacher` over `recipe.data` to `out`, or what is missing of it.
+
+    Ranks of torchrun and other processes with the same recipe and `out` share the work.
+
+    Args:
+        shards: first and one past the last of the shards to write, counted through all views; the others are left to
+            others.
 
     Raises:
         UsageError, MismatchError: teacher, data and settings do not fit, or `out` holds something else.
         DistillError: an image cannot be decoded, or the teacher's output is not finite.
-        BusyError: another process writes there.
+        BusyError: a process that needs the store for itself works there.
         Stopped: a signal came; the finished shards stay.
     """
     report = report or Report()
-    if world.size > 1:
-        raise UsageError("teacher-logits: started by torchrun with several ranks; this version writes with one process")
-    check_ours(out, (PLAN, MANIFEST), "store")
     start = time.monotonic()
-    capture = _open(recipe, world, report)
-    manifest = check_plan(out, capture.plan)
+    check_ours(out, MARKS, "store")
+    capture = open_capture(recipe, world, report)
+    return write_generation(capture, Generation(0, capture.plan), out, world, report, start, shards)
+
+
+def write_generation(
+    capture: Capture,
+    generation: Generation,
+    out: Path,
+    world: World,
+    report: Report,
+    start: float,
+    shards: tuple[int, int] | None = None,
+) -> Summary:
+    """Write one generation of a store, or what is missing of it; see `teacher_logits`."""
+    plan = generation.plan
+    pieces = list(plan.every_shard())
+    mine = _part(pieces, shards)
+    manifest = check_plan(out, generation)
     if manifest is not None:
         report.stage(f"{out}: complete already, {manifest.rows} rows")
-        return _summary("already_done", out, capture.plan, manifest, None, time.monotonic() - start)
-    with locked(out):
-        writer = StoreWriter(out, capture.plan, capture.source.labels)
-        captured = _capture(capture, writer, world, report)
-        manifest = writer.finish()
+        return _summary("already_done", out, plan, manifest, None, time.monotonic() - start)
+    with shared(out, without_locks=shards is not None) as claims:
+        with claims.desk():
+            writer = StoreWriter(out, generation, capture.source.labels)
+        captured = fill(capture, writer, claims, mine, world, report)
+        with claims.desk():
+            # Another process may have come here first.
+            manifest = check_plan(out, generation)
+            if manifest is None and all(writer.is_there(*piece) for piece in pieces):
+                report.stage(f"{out}: all {len(pieces)} shards are there; writing the manifest")
+                manifest = writer.finish()
     wall_s = time.monotonic() - start
+    if manifest is None:
+        report.stage(f"{out}: shards {shards} are there; the others are still to be written")
+        present = [open_shard(out / generation.path(*piece), plan, *piece) for piece in mine]
+        part = Manifest(plan.sha256, tuple(ShardEntry("", len(shard), shard.size, "") for shard in present))
+        return _summary("part", out, plan, part, captured / wall_s, wall_s)
     own = "" if manifest.top1 is None else f"; the teacher's own top1 on them is {manifest.top1:.2f}"
     report.stage(f"{out}: {manifest.rows} rows, {manifest.bytes} bytes{own}")
     if manifest.skipped:
         report.warn(f"{out}: {len(manifest.skipped)} images could not be decoded and have no rows")
-    return _summary("done", out, capture.plan, manifest, captured / wall_s, wall_s)
+    return _summary("done", out, plan, manifest, captured / wall_s, wall_s)
 
 
 def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) -> Bill:
@@ -153,22 +142,23 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
         as `teacher_logits`.
     """
     report = report or Report()
-    check_ours(out, (PLAN, MANIFEST), "store")
-    capture = _open(recipe, world, report)
-    check_plan(out, capture.plan)
+    check_ours(out, MARKS, "store")
+    capture = open_capture(recipe, world, report)
+    check_plan(out, Generation(0, capture.plan))
     plan = capture.plan
-    order = CaptureOrder(plan.dealing, ((0, 0),), recipe.store.batch_size)
+    order = CaptureOrder(plan.dealing, plan.shards, recipe.store.batch_size)
     report.stage("timing a few batches")
-    parts, start = [], 0.0
-    for batch in _loaded(capture, order, itertools.islice(order.numbers(), BILL_BATCHES), world):
-        parts.append(_teach(capture, batch, world))
+    parts: list[Taught] = []
+    start = 0.0
+    for batch in batches_of(capture, order, itertools.islice(order.numbers((0, 0)), BILL_BATCHES), world):
+        parts.append(teach(capture, batch, world))
         # The first batch pays for the loader's start, and is not timed unless it is the only one.
         start = start or time.monotonic()
     timed = parts[1:] or parts
-    images_per_s = sum(map(len, timed)) / max(time.monotonic() - start, 1e-3)
-    rows = _join(parts)
-    full, head = (len(encode(plan, 0, 0, part, np.zeros(PROBES, np.uint32))) for part in (rows, _join([], plan.top_k)))
-    size = plan.views * plan.shards * head + plan.rows * (full - head) // max(1, len(rows))
+    rows = join(parts, plan)
+    images_per_s = sum(len(part.sample_ids) for part in timed) / max(time.monotonic() - start, 1e-3)
+    size = _bytes(plan, rows)
+    half_k = _half_top_k(plan, rows, size)
     return Bill(
         recipe=capture.recipe,
         origins=capture.origins,
@@ -179,110 +169,54 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
         images_per_s=round(images_per_s, 1),
         hours=round(plan.rows / images_per_s / 3600, 4),
         free_bytes=free_bytes(out),
+        mass=_mass(rows),
+        half_top_k=half_k,
+        half_top_k_mass=None if half_k is None else _mass(rows, half_k),
+        half_views=plan.views // 2 or None,
     )
 
 
-def _open(recipe: Recipe, world: World, report: Report) -> _Capture:
-    """Open teacher and data and settle what they decide."""
-    report.stage("opening the data")
-    source = open_train(recipe.data)
-    report.stage(f"{len(source)} images; loading the teacher")
-    teacher = load_frozen(recipe.teacher)
-    check_classes(source, f"teacher {recipe.teacher.name}", teacher.num_classes, teacher.classes)
-    view = resolve_view(recipe.data, teacher.input(recipe.data.image_size))
-    teacher.model.to(world.device)
-    check_forward(teacher.model, f"teacher {teacher.name}", view.image_size)
-    k = recipe.store.top_k or min(DEFAULT_TOP_K, teacher.num_classes)
-    if k > teacher.num_classes:
-        raise UsageError(f"--top-k {k}: the teacher has {teacher.num_classes} classes; give at most that")
-    plan = Plan(
-        teacher={
-            "name": teacher.name,
-            "weights_sha256": teacher.weights_sha256,
-            "num_classes": teacher.num_classes,
-            "classes": _listed(teacher.classes or source.classes),
-        },
-        data=fingerprint(source),
-        transform={name: _listed(value) for name, value in asdict(view).items()},
-        samples=len(source),
-        views=recipe.store.views,
-        top_k=k,
-        shard_rows=recipe.store.shard_rows,
-        seed=recipe.store.seed,
-        precision=recipe.store.precision,
-        codec=recipe.store.codec,
-        software=versions(),
-    )
-    settled = {f"data.{name}": value for name, value in asdict(view).items()} | {"store.top_k": k}
-    origins = {path: "default" if path.removeprefix("data.") in DEFAULTS else "teacher" for path in settled}
-    return _Capture(update(recipe, settled), origins, teacher, source, view, plan)
+def _bytes(plan: Plan, rows: Rows) -> int:
+    """The size of a whole store, from some rows of it: what a shard has besides its rows, and what a row has."""
+    n = len(rows)
+    full, half = (_encoded(plan, first(rows, size)) for size in (n, n // 2))
+    per_row = (full - half) / (n - n // 2)
+    return round(plan.views * plan.shards * (full - n * per_row) + plan.rows * per_row)
 
 
-def _capture(capture: _Capture, writer: StoreWriter, world: World, report: Report) -> int:
-    """Compute and write the missing shards; gives the number of rows that were computed."""
-    plan, missing = capture.plan, tuple(writer.missing())
-    order = CaptureOrder(plan.dealing, missing, capture.recipe.store.batch_size)
-    todo = sum(len(plan.dealing.places(shard)) for _, shard in missing)
-    report.stage(f"writing {len(missing)} of {plan.views * plan.shards} shards to {writer.path}")
-    loaded = _loaded(capture, order, order.numbers(), world)
-    captured = 0
-    with Signals() as signals, report.progress("teacher-logits", plan.rows, plan.rows - todo) as progress:
-        for view, shard in missing:
-            parts: list[Rows] = []
-            probes: list[int] = []
-            for batch in itertools.islice(loaded, order.batches(shard)):
-                parts.append(_teach(capture, batch, world))
-                probes += [checksum(image) for image in batch.images[: PROBES - len(probes)].cpu()]
-                progress.advance(len(batch) + len(batch.skipped))
-                if signals.received:
-                    raise stopped(
-                        signals.received, f"{writer.path}: finished shards are kept; the same command goes on"
-                    )
-            rows = _join(parts, plan.top_k)
-            writer.write(view, shard, rows, np.array(probes, np.uint32))
-            captured += len(rows)
-    return captured
+def _encoded(plan: Plan, rows: Rows) -> int:
+    """The size of a shard of just these rows."""
+    if len(rows) == 0:
+        return 0
+    alone = replace(plan, samples=len(rows), shard_rows=len(rows))
+    dealt = replace(rows, sample_id=alone.dealing.sample_ids(0))
+    return len(encode(alone, 0, 0, dealt, np.zeros(min(PROBES, len(rows)), np.uint32)))
 
 
-def _loaded(capture: _Capture, order: CaptureOrder, numbers: Iterator[int], world: World) -> Iterator[Batch]:
-    batches = Batches(
-        capture.source,
-        train_transform(capture.view),
-        order,
-        seed=capture.plan.seed,
-        skip_unreadable=capture.recipe.data.skip_unreadable,
-    )
-    return load(batches, numbers, world.workers, world.device)
+def _half_top_k(plan: Plan, rows: Rows, size: int) -> int | None:
+    """The largest k whose store has half of `size`."""
+    if plan.sample:
+        return None
+    fits = lambda k: _bytes(replace(plan, top_k=k, min_k=min(k, plan.min_k)), trim(rows, k)) <= size / 2  # noqa: E731
+    most = bisect.bisect_right(range(1, plan.top_k), False, key=lambda k: not fits(k))
+    return most or None
 
 
-@torch.inference_mode()
-def _teach(capture: _Capture, batch: Batch, world: World) -> Rows:
-    """The teacher's rows of a batch.
+def _mass(rows: Rows, k: int | None = None) -> float:
+    """Mean mass of the first k classes."""
+    return round(float(np.exp(rows.log_prob[:, :k].astype(np.float64)).sum(axis=1).mean()), 6)
 
-    Raises:
-        DistillError: an output is not finite; its image is named.
+
+def _part(pieces: Sequence[Piece], shards: tuple[int, int] | None) -> Sequence[Piece]:
     """
-    if len(batch) == 0:
-        return _join([], capture.plan.top_k)
-    with autocast(world.device, capture.plan.precision):
-        logits = capture.teacher.model(batch.images).float()
-    rows = top_k(logits, capture.plan.top_k)
-    finite = logits.isfinite().all(dim=-1).cpu().numpy()
-    if not finite.all():
-        key = capture.source.keys[int(batch.sample_ids[~finite][0])]
-        raise DistillError(
-            f"teacher {capture.teacher.name}: output for {key} (view {batch.view}) is not finite; "
-            "look at its weights, or use --precision fp32"
-        )
-    class_id, log_prob, log_tail = (part.cpu().numpy() for part in (rows.class_id, rows.log_prob, rows.log_tail))
-    return Rows(batch.sample_ids, class_id, log_prob, log_tail)
-
-
-def _join(parts: list[Rows], k: int = 0) -> Rows:
-    if not parts:
-        return Rows(np.empty(0, np.int64), np.empty((0, k), np.int64), np.empty((0, k)), np.empty(0))
-    columns = ([getattr(part, column.name) for part in parts] for column in fields(Rows))
-    return Rows(*map(np.concatenate, columns))
+    Raises:
+        UsageError: the store has no such shards.
+    """
+    if shards is None:
+        return pieces
+    if not 0 <= shards[0] < shards[1] <= len(pieces):
+        raise UsageError(f"--shards {shards[0]}:{shards[1]}: the store has shards 0:{len(pieces)}")
+    return pieces[slice(*shards)]
 
 
 def _summary(
@@ -303,7 +237,3 @@ def _summary(
         skipped=len(manifest.skipped),
         store_id=plan.sha256,
     )
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

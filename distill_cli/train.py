@@ -23,12 +23,12 @@ from distill_cli.files import (
     canonical_json,
     check_ours,
     free_bytes,
-    locked,
     remove_temporaries,
     write_atomic,
     write_json,
 )
 from distill_cli.history import History, Window, last_validation
+from distill_cli.locks import locked
 from distill_cli.metrics import Accuracy, autocast, every_image, measure_accuracy
 from distill_cli.objectives import Losses
 from distill_cli.optim import build_optimizer, learning_rate
@@ -248,7 +248,8 @@ def _training_batches(setup: Experiment, start: int, stop: int, world: World) ->
         setup.source,
         train_transform(setup.view),
         setup.order,
-        seed=setup.store.plan.seed if setup.store else setup.recipe.train.seed,
+        seed=setup.recipe.train.seed,
+        drawn=setup.store.drawn if setup.store else None,
         rows=SparseRows(setup.store) if setup.store else None,
         skip_unreadable=setup.recipe.data.skip_unreadable,
     )
@@ -307,7 +308,7 @@ def _numbers(accuracy: Accuracy) -> dict[str, float]:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """So that `eval RUN` finds the data from any folder."""
     paths = {"data.path": recipe.data.path, "data.val": recipe.data.val, "store.path": recipe.store.path}
-    places = {key: path for key, path in paths.items() if path and path != "sample"}
+    places = {key: path for key, path in paths.items() if path and path != "sample" and "://" not in path}
     return update(recipe, {key: str(Path(path).resolve()) for key, path in places.items()})
 
 

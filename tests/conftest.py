@@ -1,5 +1,6 @@
 """What more than one test file needs: real images, plans, rows, stores, and one other process."""
 
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -11,8 +12,8 @@ from hypothesis import settings
 from PIL import Image
 
 from distill_cli.data.idx import ArraySource, open_sample
-from distill_cli.store.exact import Rows
 from distill_cli.store.plan import PROBES, Plan
+from distill_cli.store.rows import Rows
 from distill_cli.store.writer import StoreWriter
 
 settings.register_profile("distill", deadline=None, derandomize=True, max_examples=50)
@@ -96,9 +97,10 @@ def fill_store(make_rows: Callable[..., Rows]) -> Callable[..., StoreWriter]:
     ) -> StoreWriter:
         path.mkdir(exist_ok=True)
         writer = StoreWriter(path, plan, labels)
-        for view, shard in writer.missing()[:only]:
-            writer.write(view, shard, make_rows(plan, view, shard, skip), np.arange(PROBES, dtype=np.uint32))
-        if not writer.missing():
+        for view, shard in itertools.islice(list(writer.missing()), only):
+            rows = make_rows(plan, view, shard, skip)
+            writer.write(view, shard, rows, np.arange(min(PROBES, len(rows)), dtype=np.uint32))
+        if not list(writer.missing()):
             writer.finish()
         return writer
 

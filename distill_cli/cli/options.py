@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from distill_cli.errors import UsageError
 from distill_cli.shipped import recipes
 from distill_cli.students.aliases import ALIASES
 
@@ -64,3 +65,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 def flags(*given: tuple[str, str, Any]) -> dict[str, tuple[str, Any]]:
     """(flag, recipe path, value) of the flags that were given, as `recipe.load` takes them."""
     return {path: (flag, value) for flag, path, value in given if value is not None and value is not False}
+
+
+def parse_range(text: str, flag: str) -> tuple[int, int]:
+    """`A:B` as two numbers.
+
+    Raises:
+        UsageError: it is not of this form.
+    """
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise UsageError(f"{flag} {text}: not of the form A:B, as in 0:10")
+    return int(start), int(stop)

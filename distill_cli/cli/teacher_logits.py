@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from distill_cli.cli import options
-from distill_cli.cli.options import flags
+from distill_cli.cli.options import flags, parse_range
 from distill_cli.cli.output import print_bill, print_result, report_for
 
 
@@ -20,8 +20,23 @@ def command(
     data: options.Data = None,
     top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Classes kept of each row.")] = None,
     views: Annotated[int | None, typer.Option("--views", metavar="N", help="Augmented views of each sample.")] = None,
-    codec: Annotated[str | None, typer.Option("--codec", metavar="NAME", help="How rows are kept: exact.")] = None,
+    keep_mass: Annotated[
+        float | None, typer.Option("--keep-mass", metavar="P", help="Keep only the classes needed for this mass.")
+    ] = None,
+    min_k: Annotated[
+        int | None, typer.Option("--min-k", metavar="K", help="With --keep-mass: at least so many classes.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", help="Draw N times from the classes outside the top k.")
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option("--codec", metavar="exact|compact", help="How rows are kept: as float16, or small.")
+    ] = None,
     shard_rows: Annotated[int | None, typer.Option("--shard-rows", metavar="N", help="Rows of one file.")] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option("--shards", metavar="A:B", help="Write only these, counted from 0 through all views."),
+    ] = None,
     image_size: options.ImageSize = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
@@ -48,6 +63,9 @@ def command(
             ("--pretrained", "teacher.pretrained", pretrained),
             ("--data", "data.path", data),
             ("--top-k", "store.top_k", top_k),
+            ("--keep-mass", "store.keep_mass", keep_mass),
+            ("--min-k", "store.min_k", min_k),
+            ("--sample", "store.sample", sample),
             ("--views", "store.views", views),
             ("--codec", "store.codec", codec),
             ("--shard-rows", "store.shard_rows", shard_rows),
@@ -60,6 +78,7 @@ def command(
             ("--skip-unreadable", "data.skip_unreadable", skip_unreadable),
         ),
     )
+    part = None if shards is None else parse_range(shards, "--shards")
     with world(loaded.recipe.runtime) as here:
         report = report_for(here, quiet)
         if dry_run:
@@ -67,6 +86,6 @@ def command(
             if here.is_main:
                 print_bill(bill, loaded.origins, as_json)
             return
-        summary = teacher_logits.teacher_logits(loaded.recipe, out, here, report)
+        summary = teacher_logits.teacher_logits(loaded.recipe, out, here, report, part)
         if here.is_main:
             print_result(summary, as_json)

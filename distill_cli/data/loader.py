@@ -6,7 +6,7 @@ and nothing about it needs saving.
 
 import functools
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,6 +128,8 @@ class Batches(Dataset["Batch | DistillError"]):
     order: Order
     seed: int = 0
     """Of the views."""
+    drawn: Sequence[tuple[int, int]] | None = None
+    """(seed, view) by which each view of a store is drawn, instead."""
     rows: Rows | None = None
     skip_unreadable: bool = False
 
@@ -149,8 +151,9 @@ class Batches(Dataset["Batch | DistillError"]):
                 skipped.append(str(error))
                 continue
             ids.append(sample_id)
+        seed, drawn = self.drawn[view] if self.drawn else (self.seed, view)
         with preserved():
-            inputs = self.transform(images, self.seed, view, ids) if images else torch.empty(0)
+            inputs = self.transform(images, seed, drawn, ids) if images else torch.empty(0)
         sample_ids = np.array(ids, np.int64)
         labels = np.full(len(ids), -1) if self.source.labels is None else self.source.labels[sample_ids]
         return Batch(

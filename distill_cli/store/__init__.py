@@ -1,2 +1,27 @@
-"""The store of teacher logits, version 1: `plan` says what it is, `exact` how a shard is laid out, `writer` and
-`reader` mirror each other. numpy and h5py only; docs/store-format.md is the specification."""
+"""The store of teacher logits, version 1; docs/store-format.md is the specification. numpy and h5py only.
+
+`plan` and `manifest` say what a store is and holds, `dealing` where a sample's row lies, `shard` how a file is laid
+out, `codecs` how rows become arrays (`exact`, `compact`); `writer` and `reader` mirror each other.
+"""
+
+from pathlib import Path
+
+from distill_cli.store.config import StoreConfig
+from distill_cli.store.place import Folder, Place
+from distill_cli.store.reader import Store
+
+
+def open_place(path: str, config: StoreConfig | None = None) -> Place:
+    """Where the store at a path or URL lies."""
+    return Folder(Path(path))
+
+
+def open_store(config: StoreConfig) -> Store | None:
+    """Open the store that `train` and `eval` read; None where none is named.
+
+    Raises:
+        as `Store`.
+    """
+    if config.path is None:
+        return None
+    return Store(open_place(config.path, config), config.memory_mb, config.trust)

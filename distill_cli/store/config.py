@@ -1,23 +1,46 @@
 """The `[store]` section of a recipe."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from distill_cli.config import Positive, Precision, Seed, section
+from pydantic import Field
+
+from distill_cli.config import Natural, Positive, PositiveFloat, Precision, Seed, section
+
+Mass = Annotated[float, Field(gt=0, le=1)]
+Bits = Annotated[int, Field(ge=4, le=12)]
 
 
 @section
 class StoreConfig:
     path: str | None = None
-    """`--store`: the store that `train` and `eval` read."""
-    top_k: Positive | None = None
-    """Classes kept of each row; by default 10, or all where there are fewer."""
+    """`--store`: the store that `train` and `eval` read: a directory, or a URL that fsspec reads."""
+    top_k: Natural | None = None
+    """Classes kept of each row; by default 10, or all where there are fewer. 0 only with `sample`."""
+    keep_mass: Mass | None = None
+    """Keep of each row only as many of the `top_k` classes as are needed for this share of its mass."""
+    min_k: Positive = 1
+    """… but at least these."""
+    sample: Natural = 0
+    """Draws from the classes outside the top k, which make the row's expectation the whole distribution; 0: none."""
     views: Positive = 1
     """Views of each sample. Epoch e of a student reads view e mod views."""
+    first_view: Natural = 0
+    """The number by which the first view is drawn: other than 0 to capture views apart, and merge them."""
     shard_rows: Positive = 16384
     """Rows of a shard: what a killed capture can lose, and one file."""
-    codec: Literal["exact"] = "exact"
+    codec: Literal["exact", "compact"] = "exact"
+    bits: Bits | None = None
+    """Of the codec `compact`."""
     seed: Seed = 0
     """Of the views."""
     batch_size: Positive = 256
     """Images of one teacher forward."""
     precision: Precision = "fp32"
+    memory_mb: Positive = 1024
+    """Of shards that a reader maps at once, in each process."""
+    trust: bool = False
+    """`--trust`: read shards without looking at their checksums."""
+    cache: str | None = None
+    """Where shards of a URL are kept; by default `distill` in the user's cache directory."""
+    cache_gb: PositiveFloat | None = None
+    """Bound of that directory; what was not read for longest goes first. By default none."""

@@ -1,165 +1,128 @@
-"""The codec `exact`: float16 log-probabilities in plain contiguous datasets that can be memory-mapped.
+"""The codec `exact`: float16 log-probabilities in plain arrays that can be memory-mapped.
 
-sample_id   uint32 | uint64   [n]       by place in the dealing
+count       uint16            [n]       entries of each row; only where rows are ragged
 class_id    uint16 | uint32   [n, k]    most probable first; uint32 from 65,536 classes on
 log_prob    float16           [n, k]
 log_tail    float32           [n]       -inf where nothing remains
-probe_crc   uint32            [p]       CRC-32 of the first rows' inputs
+
+Ragged rows lie one behind the other: `class_id` and `log_prob` are then [sum of count].
 """
 
-import io
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_cli.errors import DamagedError
-from distill_cli.store.plan import FORMAT, VERSION, Plan
-
-ADVICE = "delete it and run teacher-logits again"
+from distill_cli.store.rows import RowFormat, Rows, Taken
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one view: what a shard holds, and what a reader gives back."""
+class Opened:
+    """The arrays of one shard: views of its memory map, but for the starts of ragged rows."""
 
-    sample_id: NDArray[Any]
-    """`[n]`."""
     class_id: NDArray[Any]
-    """`[n, k]`."""
-    log_prob: NDArray[Any]
-    """`[n, k]`."""
-    log_tail: NDArray[Any]
-    """`[n]`."""
-
-    def __len__(self) -> int:
-        return len(self.sample_id)
+    log_prob: NDArray[np.float16]
+    log_tail: NDArray[np.float32]
+    count: NDArray[np.int64] | None = None
+    start: NDArray[np.int64] | None = None
 
 
-@dataclass(frozen=True)
-class Shard:
-    """An open shard: its rows and its probes are views of the file's memory map."""
-
-    rows: Rows
-    probe_crc: NDArray[np.uint32]
+def class_dtype(form: RowFormat) -> np.dtype[Any]:
+    return np.dtype("<u2" if form.num_classes <= 2**16 - 1 else "<u4")
 
 
-def dtypes(plan: Plan) -> dict[str, np.dtype[Any]]:
-    """The little-endian type of each dataset."""
-    return {
-        "sample_id": np.dtype("<u4" if plan.samples <= 2**32 else "<u8"),
-        "class_id": np.dtype("<u2" if plan.num_classes <= 2**16 - 1 else "<u4"),
-        "log_prob": np.dtype("<f2"),
-        "log_tail": np.dtype("<f4"),
-        "probe_crc": np.dtype("<u4"),
-    }
-
-
-def encode(plan: Plan, view: int, shard: int, rows: Rows, probe_crc: NDArray[np.uint32]) -> bytes:
-    """The bytes of one shard file; equal rows give equal bytes."""
+def encode(rows: Rows, form: RowFormat) -> dict[str, NDArray[Any]]:
+    """The arrays of a shard."""
     arrays = {
-        "sample_id": rows.sample_id,
-        "class_id": rows.class_id,
-        "log_prob": rows.log_prob,
-        "log_tail": rows.log_tail,
-        "probe_crc": probe_crc,
+        "class_id": np.asarray(rows.class_id, class_dtype(form)),
+        "log_prob": np.asarray(rows.log_prob, "<f2"),
+        "log_tail": np.asarray(rows.log_tail, "<f4"),
     }
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
-        for name, value in _attributes(plan, view, shard).items():
-            # Text of fixed length: over a damaged heap of variable-length strings HDF5 loops without end.
-            file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
-        for name, dtype in dtypes(plan).items():
-            file.create_dataset(name, data=np.ascontiguousarray(arrays[name], dtype=dtype))
-    return buffer.getvalue()
+    if not form.ragged:
+        return arrays
+    assert rows.count is not None
+    kept = np.arange(rows.class_id.shape[1]) < rows.count[:, None]
+    for name in ("class_id", "log_prob"):
+        arrays[name] = arrays[name][kept]
+    return {"count": rows.count.astype("<u2"), **arrays}
 
 
-def open_shard(path: Path, plan: Plan, view: int, shard: int) -> Shard:
-    """Open one shard by memory map; HDF5 is asked only where the datasets lie, and closed again.
+def open(datasets: Mapping[str, NDArray[Any]], n: int, form: RowFormat) -> Opened:
+    """Open the arrays of a shard of n rows.
 
     Raises:
-        DamagedError: the file is missing, cut short, of other shapes, or belongs to another store or place.
+        ValueError: an array is missing, or of another type or shape than these rows have.
     """
-    expected = _attributes(plan, view, shard)
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            found = {name: _attribute(file, name) for name in expected}
-            layout = {name: _extent(file, name) for name in dtypes(plan)}
-    except FileNotFoundError:
-        raise DamagedError(f'{path}: missing; run the same "distill teacher-logits" command again') from None
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DamagedError(f"{path}: not a readable shard ({reason}); {ADVICE}") from error
-    for name, value in expected.items():
-        if found[name] != value:
-            raise DamagedError(
-                f"{path}: {name} is {found[name]}, not {value}: a shard of another store or place; {ADVICE}"
-            )
-    arrays = _map(path, plan, layout)
-    rows = Rows(*(arrays[name] for name in ("sample_id", "class_id", "log_prob", "log_tail")))
-    return Shard(rows, arrays["probe_crc"])
+    count = start = None
+    shape: tuple[int, ...] = (n, form.width)
+    if form.ragged:
+        count = array(datasets, "count", "<u2", (n,)).astype(np.int64)
+        end = count.cumsum()
+        start, shape = end - count, (int(count.sum()),)
+        if n and not (count.min() >= 1 and count.max() <= form.width):
+            raise ValueError(f"count has rows of {count.min()} to {count.max()} entries")
+    return Opened(
+        class_id=array(datasets, "class_id", class_dtype(form), shape),
+        log_prob=array(datasets, "log_prob", "<f2", shape),
+        log_tail=array(datasets, "log_tail", "<f4", (n,)),
+        count=count,
+        start=start,
+    )
 
 
-@dataclass(frozen=True)
-class _Extent:
-    """Where a contiguous dataset lies in its file."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    offset: int
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.dtype.itemsize * math.prod(self.shape)
-
-
-def _map(path: Path, plan: Plan, layout: dict[str, _Extent]) -> dict[str, NDArray[Any]]:
-    memory = np.memmap(path, np.uint8, "r")
-    count, probes = (math.prod(layout[name].shape[:1]) for name in ("sample_id", "probe_crc"))
-    table = (count, plan.top_k)
-    shapes = {"sample_id": (count,), "class_id": table, "log_prob": table, "log_tail": (count,), "probe_crc": (probes,)}
-    arrays = {}
-    for name, dtype in dtypes(plan).items():
-        extent = layout[name]
-        if extent.dtype != dtype or extent.shape != shapes[name] or extent.end > len(memory):
-            raise DamagedError(
-                f"{path}: {name} is {extent.dtype} {list(extent.shape)} at byte {extent.offset}, "
-                f"which the plan does not allow; {ADVICE}"
-            )
-        arrays[name] = np.asarray(memory[extent.offset : extent.end]).view(dtype).reshape(extent.shape)
-    return arrays
-
-
-def _extent(file: h5py.File, name: str) -> _Extent:
+def check(opened: Opened, form: RowFormat) -> None:
     """
     Raises:
-        ValueError: the name leads out of this file, or to something else than a contiguous dataset.
+        ValueError: a value is none that a row can have.
     """
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        raise ValueError(f"{name} is missing, or a link")
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or dataset.external or dataset.is_virtual:
-        raise ValueError(f"{name} is not a dataset of its own")
-    offset = dataset.id.get_offset()
-    if offset is None and dataset.size:
-        raise ValueError(f"{name} is not contiguous")
-    return _Extent(dataset.shape, dataset.dtype, offset or 0)
+    if opened.class_id.size and opened.class_id.max() >= form.num_classes:
+        raise ValueError(f"class_id has class {opened.class_id.max()} of {form.num_classes}")
+    for name, values in (("log_prob", opened.log_prob), ("log_tail", opened.log_tail)):
+        # NaN is not at most 0 either. (Sums of float32 may be a little above 1.)
+        if not (values <= np.float16(0.001)).all():
+            raise ValueError(f"{name} has values that are no log-probabilities")
 
 
-def _attributes(plan: Plan, view: int, shard: int) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, "plan_sha256": plan.sha256, "view": view, "shard": shard}
+def take(parts: Sequence[tuple[Opened, NDArray[np.int64]]], form: RowFormat) -> Taken:
+    """Some rows of several shards, part behind part."""
+    n = sum(len(at) for _, at in parts)
+    class_id = np.empty((n, form.width), class_dtype(form))
+    log_prob = np.empty((n, form.width), np.float16)
+    log_tail = np.empty(n, np.float32)
+    count = np.empty(n, np.int64) if form.ragged else None
+    end = 0
+    for opened, at in parts:
+        here = slice(end, end := end + len(at))
+        # In this mode numpy writes straight to `out`; the rows were found in the shard, so none is clipped.
+        opened.log_tail.take(at, out=log_tail[here], mode="clip")
+        if count is None:
+            opened.class_id.take(at, axis=0, out=class_id[here], mode="clip")
+            opened.log_prob.take(at, axis=0, out=log_prob[here], mode="clip")
+        else:
+            assert opened.count is not None
+            assert opened.start is not None
+            opened.count.take(at, out=count[here], mode="clip")
+            entries = np.arange(form.width)
+            padding = entries >= count[here, None]
+            flat = np.where(padding, 0, opened.start[at, None] + entries)
+            class_id[here] = np.where(padding, 0, opened.class_id[flat])
+            log_prob[here] = np.where(padding, -np.inf, opened.log_prob[flat])
+    return class_id, log_prob, log_tail, count
 
 
-def _attribute(file: h5py.File, name: str) -> str | int | None:
-    """A number or a text of fixed length; None where there is neither."""
-    if name not in file.attrs:
-        return None
-    attribute = file.attrs.get_id(name)
-    if attribute.shape != () or attribute.dtype.kind not in "iuS":
-        return None
-    value: int | bytes = file.attrs[name].item()
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+def array(
+    datasets: Mapping[str, NDArray[Any]], name: str, dtype: np.dtype[Any] | str, shape: tuple[int, ...]
+) -> NDArray[Any]:
+    """One array of a shard.
+
+    Raises:
+        ValueError: it is missing, or of another type or shape.
+    """
+    found = datasets.get(name)
+    if found is None:
+        raise ValueError(f"{name} is missing")
+    if found.dtype != np.dtype(dtype) or found.shape != shape:
+        raise ValueError(f"{name} is {found.dtype} {list(found.shape)}, not {np.dtype(dtype)} {list(shape)}")
+    return found

@@ -1,35 +1,37 @@
-"""What a store is: its plan, written first and never changed, and its manifest, written last.
+"""What a store is: plans, written first and never changed.
 
-STORE/plan.json                    identity; the sha256 of its bytes is the store's id and stands in every shard
+STORE/plan.json                    identity of the first views
+STORE/plan-001.json …              of the views that the store was extended by, or that were merged into it
 STORE/view-000/shard-00000.h5 …    rows
-STORE/manifest.json                sha256 of every shard; its presence means that the store is complete
+STORE/manifest.json, …-001.json    sha256 of every shard under each plan; its presence means that they are complete
+
+The sha256 of a plan's bytes stands in each of its shards.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from distill_cli.errors import DamagedError, MismatchError
 from distill_cli.files import canonical_json, sha256
+from distill_cli.store.dealing import Dealing
+from distill_cli.store.place import Place
+from distill_cli.store.rows import RowFormat
 
 FORMAT = "distill-store"
 VERSION = 1
-PLAN, MANIFEST = "plan.json", "manifest.json"
 PROBES = 4
 """Rows at the head of each shard whose inputs are checksummed."""
-ROUNDS = 4
-"""Of the dealing."""
+CODECS = ("exact", "compact")
+MOST_ENTRIES = 2**16 - 1
+"""Of a row."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The identity of a store: who taught what, on which inputs, kept how."""
+    """The identity of a store's views: who taught what, on which inputs, kept how."""
 
     teacher: Mapping[str, Any]
     """`name`, `weights_sha256`, `num_classes`, `classes` (ordered names, or None)."""
@@ -40,10 +42,23 @@ class Plan:
     samples: int
     views: int
     top_k: int
+    """Classes kept of each row: the most probable ones. 0 only where the rest is sampled."""
     shard_rows: int
     seed: int
     precision: str
+    first_view: int = 0
+    """The number by which the first of these views is drawn."""
+    keep_mass: float | None = None
+    """Of a row no more classes are kept than are needed for this mass."""
+    min_k: int = 1
+    """… but at least these."""
+    sample: int = 0
+    """Draws from the classes outside the top k; 0 for none."""
     codec: str = "exact"
+    bits: int | None = None
+    """Of the codec `compact`."""
+    lineage: Mapping[str, Any] | None = None
+    """What these rows were made from, where that is not the teacher: `command`, `store` and more."""
     software: Mapping[str, str] = field(default_factory=dict)
     """Versions of the libraries that decide pixels and logits."""
     format: str = FORMAT
@@ -56,7 +71,7 @@ class Plan:
 
     @cached_property
     def sha256(self) -> str:
-        """The store's id."""
+        """Stands in every shard; the store's id, where this is its only plan."""
         return sha256(self.text)
 
     @property
@@ -74,152 +89,135 @@ class Plan:
         count: int = self.teacher["num_classes"]
         return count
 
+    @property
+    def drawn(self) -> tuple[tuple[int, int], ...]:
+        """(seed, view) by which the inputs of each view are drawn."""
+        return tuple((self.seed, self.first_view + view) for view in range(self.views))
+
+    @property
+    def form(self) -> RowFormat:
+        """What a codec needs to know of the rows."""
+        return RowFormat(
+            num_classes=self.num_classes,
+            width=min(self.num_classes, self.top_k + self.sample),
+            ragged=self.keep_mass is not None or self.sample > 0,
+            **({} if self.bits is None else {"bits": self.bits}),
+        )
+
     @cached_property
-    def dealing(self) -> "Dealing":
+    def dealing(self) -> Dealing:
         return Dealing(self.samples, self.shard_rows)
 
     def every_shard(self) -> Iterator[tuple[int, int]]:
-        """(view, shard) of the whole store, in order."""
+        """(view, shard) of all, in order; views from 0."""
         return ((view, shard) for view in range(self.views) for shard in range(self.shards))
 
     def differences(self, other: "Plan") -> list[str]:
         """`field: ours, theirs` for each field in which two plans differ; tables are compared key by key."""
-        return list(_differences(asdict(self), asdict(other)))
+        return sorted(_differences(asdict(self), asdict(other)))
 
 
 @dataclass(frozen=True)
-class Dealing:
-    """How samples are dealt to shards: a fixed permutation gives each sample its place; shards are runs of places.
+class Generation:
+    """The views of a store that were captured under one plan."""
 
-    The permutation is a Feistel network of four rounds over the smallest 2^(2h) >= samples, walked until it falls
-    below `samples`. It looks random to any listing, sorted by class or periodic, so that each shard is a fair sample,
-    and either direction is arithmetic: nothing has to be stored or searched.
+    number: int
+    plan: Plan
+    offset: int = 0
+    """Views of the generations before it."""
+
+    @property
+    def plan_name(self) -> str:
+        return numbered("plan", self.number)
+
+    @property
+    def manifest_name(self) -> str:
+        return numbered("manifest", self.number)
+
+    def path(self, view: int, shard: int) -> str:
+        """Where a shard lies, relative to the store; `view` counts from 0 within the generation."""
+        return f"view-{self.offset + view:03d}/shard-{shard:05d}.h5"
+
+    def paths(self) -> Iterator[str]:
+        """Of every shard, in order."""
+        return (self.path(*place) for place in self.plan.every_shard())
+
+
+def numbered(name: str, generation: int) -> str:
+    """The name of a generation's plan or manifest."""
+    return f"{name}-{generation:03d}.json" if generation else f"{name}.json"
+
+
+def store_id(plans: list[Plan]) -> str:
+    """The id of a store: the sha256 of its plan, or of its plans' sha256 in hexadecimal, each with a newline."""
+    if len(plans) == 1:
+        return plans[0].sha256
+    return sha256("".join(f"{plan.sha256}\n" for plan in plans))
+
+
+def read_generations(place: Place) -> list[Generation]:
+    """Every generation of the store at `place`, complete or not.
+
+    Raises:
+        DamagedError: there is no store, or a plan is not a plan.
+        MismatchError: it is of another format version.
     """
-
-    samples: int
-    shard_rows: int
-
-    def place(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The place of each sample; `place // shard_rows` is its shard."""
-        return self._walk(sample_ids, range(ROUNDS))
-
-    def places(self, shard: int) -> range:
-        """The places of one shard; its length is the shard's, with no sample to be looked for."""
-        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.samples))
-
-    def sample_ids(self, shard: int) -> NDArray[np.int64]:
-        """The samples of one shard, by place."""
-        return self._walk(np.array(self.places(shard), np.int64), range(ROUNDS - 1, -1, -1))
-
-    def _walk(self, numbers: NDArray[np.int64], rounds: range) -> NDArray[np.int64]:
-        forward = rounds.step > 0
-        out = self._permute(numbers.astype(np.uint64), rounds, forward)
-        while (outside := out >= self.samples).any():
-            out[outside] = self._permute(out[outside], rounds, forward)
-        return out.astype(np.int64)
-
-    def _permute(self, numbers: NDArray[np.uint64], rounds: range, forward: bool) -> NDArray[np.uint64]:
-        half = np.uint64(max(1, -(-(self.samples - 1).bit_length() // 2)))
-        mask = (np.uint64(1) << half) - np.uint64(1)
-        left, right = (numbers >> half) & mask, numbers & mask
-        for number in rounds:
-            if forward:
-                left, right = right, left ^ (_scramble(right, number) & mask)
-            else:
-                left, right = right ^ (_scramble(left, number) & mask), left
-        return (left << half) | right
+    found = [Generation(0, read_plan(place))]
+    while place.has(numbered("plan", len(found))):
+        before = found[-1]
+        found.append(Generation(len(found), read_plan(place, len(found)), before.offset + before.plan.views))
+    return found
 
 
-def _scramble(values: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64, modulo 2^64, of `value + (number + 1) * 0x9E3779B97F4A7C15`."""
-    values = values + np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One shard in the manifest."""
-
-    path: str
-    """Relative to the store."""
-    rows: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a complete store holds."""
-
-    plan_sha256: str
-    rows: int
-    bytes: int
-    """Of all shards."""
-    shards: tuple[ShardEntry, ...]
-    skipped: tuple[int, ...] = ()
-    """Ids of samples that could not be decoded and have no rows."""
-    top1: float | None = None
-    """The teacher's own accuracy on the labelled rows, in percent."""
-    top5: float | None = None
-    format: str = FORMAT
-    version: int = VERSION
-
-
-def shard_path(view: int, shard: int) -> str:
-    """Where a shard lies, relative to its store."""
-    return f"view-{view:03d}/shard-{shard:05d}.h5"
-
-
-def read_plan(store: Path) -> Plan:
-    """Read STORE/plan.json.
+def read_plan(place: Place, number: int = 0) -> Plan:
+    """Read one plan of the store at `place`.
 
     Raises:
         DamagedError: it is missing, or not a plan.
         MismatchError: it is of another format version.
     """
-    path = store / PLAN
-    values = _read(path, f'{store}: no {PLAN}; this is not a store; "distill teacher-logits --out {store}" makes one')
+    name = numbered("plan", number)
+    where = f"{place}/{name}"
+    try:
+        content = place.read(name)
+    except FileNotFoundError:
+        raise DamagedError(
+            f'{place}: no {name}; this is not a store; "distill teacher-logits --out {place}" makes one'
+        ) from None
+    values = parse(content, where)
     try:
         plan = Plan(**values)
         _check_values(plan)
-    except (TypeError, ValueError, KeyError) as error:
-        raise DamagedError(f"{path}: not a plan ({error}); restore it from a copy") from error
-    if plan.text.encode() != path.read_bytes():
-        raise DamagedError(f"{path}: was edited by hand; restore it from a copy")
+        text = plan.text
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
+        raise DamagedError(f"{where}: not a plan ({error}); restore it from a copy") from error
+    if text.encode() != content:
+        raise DamagedError(f"{where}: was edited by hand; restore it from a copy")
     return plan
 
 
-def read_manifest(store: Path, plan: Plan) -> Manifest:
-    """Read STORE/manifest.json.
+def parse(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON table of a plan, a manifest or a shard's header.
 
     Raises:
-        DamagedError: the store is not complete, or the manifest belongs to another.
+        DamagedError: it is not JSON, or not of this format.
+        MismatchError: it is of another version of the format.
     """
-    path = store / MANIFEST
-    if not path.exists():
-        present = sum((store / shard_path(*place)).exists() for place in plan.every_shard())
-        total = plan.views * plan.shards
-        raise DamagedError(
-            f'{store}: {total - present} of {total} shards missing; run the same "distill teacher-logits" command '
-            "again to finish it"
-        )
-    values = _read(path, "")
     try:
-        entries = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
-        manifest = Manifest(shards=entries, **{**values, "skipped": tuple(values["skipped"])})
-        np.array(manifest.skipped, np.int64)
-    except (TypeError, KeyError, ValueError) as error:
-        raise DamagedError(f"{path}: not a manifest ({error}); delete it and run teacher-logits again") from error
-    if [entry.path for entry in entries] != [shard_path(*place) for place in plan.every_shard()]:
-        raise DamagedError(f"{path}: does not list the shards of the plan; delete it and run teacher-logits again")
-    if manifest.plan_sha256 != plan.sha256:
-        raise DamagedError(
-            f"{path}: belongs to store {manifest.plan_sha256[:12]}, the plan beside it to {plan.sha256[:12]}; "
-            "restore the right one from a copy, or delete it and run teacher-logits again"
-        )
-    return manifest
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{where}: not JSON ({error}); restore it from a copy") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise DamagedError(f"{where}: not of the format {FORMAT}; restore it from a copy")
+    version = values.get("version")
+    if type(version) is not int or version != VERSION:
+        raise MismatchError(f"{where}: store version {version}, this program reads version {VERSION}; update distill")
+    return values
+
+
+def is_count(value: object, least: int = 0, most: int = 2**62) -> bool:
+    """Whether a value from a file is an integer in a range; True and 1.0 are not."""
+    return type(value) is int and least <= value <= most
 
 
 def _check_values(plan: Plan) -> None:
@@ -227,29 +225,28 @@ def _check_values(plan: Plan) -> None:
     Raises:
         ValueError: a value is of a kind that no plan has.
     """
-    counts = {name: getattr(plan, name) for name in ("samples", "views", "top_k", "shard_rows", "num_classes")}
-    for name, count in counts.items():
-        if type(count) is not int or count < 1:
-            raise ValueError(f"{name} is {count!r}")
-    for name in ("data", "transform", "software"):
+    for name in ("teacher", "data", "transform", "software"):
         if not isinstance(getattr(plan, name), dict):
             raise ValueError(f"{name} is {getattr(plan, name)!r}")
-
-
-def _read(path: Path, missing: str) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DamagedError(missing) from None
-    except ValueError as error:
-        raise DamagedError(f"{path}: not JSON ({error}); restore it from a copy") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise DamagedError(f"{path}: not of the format {FORMAT}; restore it from a copy")
-    if values.get("version") != VERSION:
-        raise MismatchError(
-            f"{path}: store version {values.get('version')}, this program reads version {VERSION}; update distill"
-        )
-    return values
+    classes, digest = plan.teacher["classes"], plan.data["keys_sha256"]
+    if classes is not None and (not isinstance(classes, list) or not all(isinstance(name, str) for name in classes)):
+        raise ValueError("teacher.classes is not a list of names")
+    if not isinstance(digest, str) or not isinstance(plan.data["labels_sha256"], str | None):
+        raise ValueError("data has no fingerprints")
+    least = {"samples": 1, "views": 1, "shard_rows": 1, "num_classes": 1, "min_k": 1, "top_k": int(plan.sample == 0)}
+    for name in (*least, "seed", "first_view", "sample"):
+        if not is_count(value := getattr(plan, name), least.get(name, 0), 2**63 - 1):
+            raise ValueError(f"{name} is {value!r}")
+    if plan.top_k > plan.num_classes or plan.num_classes > 2**31 or plan.form.width > MOST_ENTRIES:
+        raise ValueError(f"top_k is {plan.top_k} of {plan.num_classes} classes")
+    if plan.keep_mass is not None and not (isinstance(plan.keep_mass, float) and 0 < plan.keep_mass <= 1):
+        raise ValueError(f"keep_mass is {plan.keep_mass!r}")
+    if plan.keep_mass is not None and plan.sample:
+        raise ValueError("keep_mass and sample exclude each other")
+    if plan.codec not in CODECS or (plan.bits is not None) != (plan.codec == "compact"):
+        raise ValueError(f"codec is {plan.codec!r} with bits {plan.bits!r}")
+    if plan.bits is not None and not is_count(plan.bits, 1, 16):
+        raise ValueError(f"bits is {plan.bits!r}")
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

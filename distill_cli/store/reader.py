@@ -1,5 +1,6 @@
 """Reading a store: any rows of a view, by sample id. Mirror of `writer`."""
 
+import itertools
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -7,42 +8,103 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_cli.errors import DamagedError
+from distill_cli.errors import BusyError, DamagedError
 from distill_cli.files import sha256_file
-from distill_cli.store.exact import ADVICE, Rows, Shard, dtypes, open_shard
-from distill_cli.store.plan import Manifest, Plan, read_manifest, read_plan, shard_path
+from distill_cli.locks import holder_of
+from distill_cli.store.codecs import CODECS
+from distill_cli.store.manifest import Manifest, ShardEntry, read_manifest
+from distill_cli.store.place import Folder, Place
+from distill_cli.store.plan import Generation, Plan, read_generations, store_id
+from distill_cli.store.rows import Rows
+from distill_cli.store.shard import ADVICE, Shard, check_rows, open_shard
 
 OPEN_SHARDS = 256
 """Memory maps held at once: each holds a file descriptor, of which a process may commonly have 1,024."""
+MEMORY_MB = 1024
 
 
 class Store:
-    """A complete store.
+    """A store whose generations are complete; views are numbered through all of them.
 
     Shards are opened when first asked for, after their checksum, and never travel: a copy made by fork or pickle
     opens its own.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, place: Path | Place, memory_mb: int = MEMORY_MB, trust: bool = False) -> None:
         """
+        Args:
+            memory_mb: of shards that are mapped at once, in MiB; at least one is.
+            trust: take shards without looking at their checksums.
+
         Raises:
             DamagedError: there is no store, or it is not complete.
+            BusyError: it is not complete, and a capture is at work on it.
             MismatchError: it is of another format version.
         """
-        self.path = path
-        self.plan: Plan = read_plan(path)
-        self.manifest: Manifest = read_manifest(path, self.plan)
-        self._entries = {entry.path: entry for entry in self.manifest.shards}
+        self.place: Place = Folder(place) if isinstance(place, Path) else place
+        self.memory = memory_mb * 2**20
+        self.trust = trust
+        found = read_generations(self.place)
+        manifests = (read_manifest(self.place, generation) for generation in found)
+        complete = [manifest for manifest in itertools.takewhile(lambda manifest: manifest, manifests) if manifest]
+        if not complete:
+            raise _unfinished(self.place, found[0])
+        self.generations = found[: len(complete)]
+        self.manifests = complete
+        self.unfinished_views = sum(generation.plan.views for generation in found[len(complete) :])
+        """Views that a capture is still to finish, and that are not read."""
         self._verified: set[str] = set()
         self._open: OrderedDict[tuple[int, int], Shard] = OrderedDict()
+        self._mapped = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_mapped": 0}
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+    @property
+    def plan(self) -> Plan:
+        """Of the first generation: teacher, data, samples and transform are those of all."""
+        return self.generations[0].plan
+
+    @property
+    def id(self) -> str:
+        return store_id([generation.plan for generation in self.generations])
+
+    @property
+    def views(self) -> int:
+        """Of all generations."""
+        last = self.generations[-1]
+        return last.offset + last.plan.views
+
+    @property
+    def drawn(self) -> tuple[tuple[int, int], ...]:
+        """(seed, view) by which the inputs of each view are drawn."""
+        return sum((generation.plan.drawn for generation in self.generations), ())
+
+    @property
+    def sampled(self) -> bool:
+        """Whether rows of some view hold draws from the tail: unbiased at temperature 1 only."""
+        return any(generation.plan.sample for generation in self.generations)
 
     @property
     def sample_ids(self) -> NDArray[np.int64]:
-        """The samples that have rows, ascending."""
-        return np.setdiff1d(np.arange(self.plan.samples), np.array(self.manifest.skipped, np.int64))
+        """The samples that have rows in every view, ascending."""
+        skipped = [sample_id for manifest in self.manifests for sample_id in manifest.skipped]
+        return np.setdiff1d(np.arange(self.plan.samples), np.array(skipped, np.int64))
+
+    def generation_of(self, view: int) -> tuple[Generation, Manifest, int]:
+        """The generation of a view, its manifest, and the view's number within it."""
+        for generation, manifest in zip(self.generations, self.manifests, strict=True):
+            if view - generation.offset < generation.plan.views:
+                return generation, manifest, view - generation.offset
+        raise IndexError(f"view {view} of {self.views}")
+
+    def entry(self, view: int, shard: int) -> ShardEntry:
+        """What the manifest says of a shard."""
+        generation, manifest, within = self.generation_of(view)
+        return manifest.shards[within * generation.plan.shards + shard]
 
     def rows(self, view: int, sample_ids: NDArray[np.int64]) -> Rows:
         """The rows of some samples, in their order.
@@ -53,55 +115,77 @@ class Store:
         Raises:
             DamagedError: a shard is missing or damaged, or has no row for a sample.
         """
-        places = self.plan.dealing.place(sample_ids)
-        shards = places // self.plan.shard_rows
-        dtype = dtypes(self.plan)["class_id"]
-        n, k = len(sample_ids), self.plan.top_k
-        out = Rows(sample_ids, np.empty((n, k), dtype), np.empty((n, k), np.float16), np.empty(n, np.float32))
-        for shard in np.unique(shards):
-            chosen = np.flatnonzero(shards == shard)
-            rows = self.shard(view, int(shard)).rows
-            at = self._find(rows, places[chosen] - shard * self.plan.shard_rows, sample_ids[chosen])
-            out.class_id[chosen] = rows.class_id[at]
-            out.log_prob[chosen] = rows.log_prob[at]
-            out.log_tail[chosen] = rows.log_tail[at]
-        return out
+        plan = self.generation_of(view)[0].plan
+        places = plan.dealing.place(sample_ids)
+        order = np.argsort(places, kind="stable")
+        places = places[order]
+        shards = places // plan.shard_rows
+        first = np.flatnonzero(np.diff(shards, prepend=-1))
+        parts = []
+        for number, start, stop in zip(shards[first].tolist(), first, [*first[1:], len(places)], strict=True):
+            shard = self.shard(view, number)
+            try:
+                parts.append((shard.rows, shard.find(places[start:stop] - number * plan.shard_rows)))
+            except KeyError:
+                raise DamagedError(
+                    f"{self}: no row for a sample that was asked for; the store does not cover this data"
+                ) from None
+        try:
+            taken = CODECS[plan.codec].take(parts, plan.form)
+        except ValueError as error:
+            raise DamagedError(f"{self}: view {view}: {error}; {ADVICE}") from error
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        class_id, log_prob, log_tail, count = taken
+        return Rows(sample_ids, class_id[back], log_prob[back], log_tail[back], None if count is None else count[back])
 
     def shard(self, view: int, shard: int) -> Shard:
-        """One shard, its checksum verified when it is first opened.
+        """One shard, its checksum verified and its values looked at when it is first opened.
 
         Raises:
             DamagedError: it is missing, or not what the manifest says.
         """
-        if (view, shard) not in self._open:
-            relative = shard_path(view, shard)
-            path = self.path / relative
-            if relative not in self._verified:
-                self._verify(path, self._entries[relative].sha256)
-                self._verified.add(relative)
-            self._open[view, shard] = open_shard(path, self.plan, view, shard)
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end((view, shard))
-        return self._open[view, shard]
-
-    def _verify(self, path: Path, expected: str) -> None:
-        """Before HDF5 sees a byte of it: the library can crash on, or never return from, a damaged file."""
-        try:
-            found = sha256_file(path)
-        except FileNotFoundError:
-            raise DamagedError(f'{path}: missing; run the same "distill teacher-logits" command again') from None
-        if found != expected:
+        if (view, shard) in self._open:
+            self._open.move_to_end((view, shard))
+            return self._open[view, shard]
+        generation, _, within = self.generation_of(view)
+        entry = self.entry(view, shard)
+        path = self._file(entry)
+        known = self.trust or entry.path in self._verified
+        if not known and sha256_file(path) != entry.sha256:
             raise DamagedError(f"{path}: its sha256 is not the manifest's; {ADVICE}")
+        opened = open_shard(path, generation.plan, within, shard)
+        if not known:
+            check_rows(path, opened, generation.plan, shard)
+            self._verified.add(entry.path)
+        self._open[view, shard] = opened
+        self._mapped += opened.size
+        while len(self._open) > 1 and (len(self._open) > OPEN_SHARDS or self._mapped > self.memory):
+            _, oldest = self._open.popitem(last=False)
+            self._mapped -= oldest.size
+        return opened
 
-    def _find(self, rows: Rows, places: NDArray[np.int64], sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row of each sample in its shard: its place, unless skipped samples moved the rows up."""
-        at = places
-        if len(rows) < self.plan.shard_rows:
-            there = self.plan.dealing.place(rows.sample_id.astype(np.int64)) % self.plan.shard_rows
-            at = np.minimum(np.searchsorted(there, places), max(0, len(rows) - 1))
-        if len(rows) == 0 or not np.array_equal(rows.sample_id[at], sample_ids):
+    def _file(self, entry: ShardEntry) -> Path:
+        try:
+            path = self.place.file(entry.path)
+            if path.stat().st_size == entry.bytes:
+                return path
+        except FileNotFoundError:
             raise DamagedError(
-                f"{self.path}: no row for a sample that was asked for; the store does not cover this data"
-            )
-        return at
+                f'{self.place}/{entry.path}: missing; run the same "distill teacher-logits" command again'
+            ) from None
+        raise DamagedError(f"{path}: its size is not the manifest's; {ADVICE}")
+
+
+def _unfinished(place: Place, generation: Generation) -> DamagedError | BusyError:
+    """Why a store cannot be read yet: somebody writes it, or should go on doing so."""
+    total = generation.plan.views * generation.plan.shards
+    where = f"{place}: incomplete"
+    holder = None
+    if isinstance(place, Folder):
+        # Counted only as far as there are files, whatever the plan says there should be.
+        present = sum(1 for _ in place.path.glob("view-*/shard-*.h5"))
+        where, holder = f"{place}: {total - present} of {total} shards missing", holder_of(place.path)
+    if holder:
+        return BusyError(f"{where}, and {holder} is writing them; wait for it to finish")
+    return DamagedError(f'{where}; run the same "distill teacher-logits" command again to finish it')

@@ -37,3 +37,27 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.sample_id)
+
+
+def first(rows: Rows, n: int) -> Rows:
+    """The first n rows."""
+    return Rows(
+        rows.sample_id[:n],
+        rows.class_id[:n],
+        rows.log_prob[:n],
+        rows.log_tail[:n],
+        None if rows.count is None else rows.count[:n],
+    )
+
+
+def trim(rows: Rows, k: int) -> Rows:
+    """Rows of the k most probable classes: the mass of the others goes to the tail."""
+    gone = rows.log_prob[:, k:].astype(np.float64)
+    with np.errstate(divide="ignore"):
+        log_tail = np.log(np.exp(rows.log_tail.astype(np.float64)) + np.exp(gone).sum(axis=1))
+    count = None if rows.count is None else np.minimum(rows.count, k)
+    return Rows(rows.sample_id, rows.class_id[:, :k], rows.log_prob[:, :k], log_tail, count)
+
+
+Taken = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[np.int64] | None]
+"""class_id, log_prob, log_tail and count of rows, as a codec gives them."""

@@ -1,110 +1,51 @@
 """Filling a store: the plan first, shards one by one, the manifest last. Mirror of `reader`."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill_cli.errors import DamagedError, MismatchError
-from distill_cli.files import remove_temporaries, sha256, sha256_file, write_atomic, write_json
-from distill_cli.store.exact import Rows, encode, open_shard
-from distill_cli.store.plan import (
-    MANIFEST,
-    PLAN,
-    Manifest,
-    Plan,
-    ShardEntry,
-    read_manifest,
-    read_plan,
-    shard_path,
-)
-
-
-@dataclass(frozen=True)
-class _Described:
-    """What the manifest needs to know of one shard."""
-
-    entry: ShardEntry
-    skipped: frozenset[int]
-    top1: int
-    top5: int
+from distill_cli.files import remove_temporaries, sha256, sha256_file, write_atomic
+from distill_cli.store.manifest import Manifest, ShardEntry, read_manifest
+from distill_cli.store.place import Folder
+from distill_cli.store.plan import Generation, Plan, read_plan
+from distill_cli.store.rows import Rows
+from distill_cli.store.shard import ADVICE, HEADER_BYTES, Header, encode, open_shard, read_header
 
 
 class StoreWriter:
-    """Writes the missing shards of a store; killed at any moment, another writer of the same plan goes on.
+    """Writes the missing shards of a generation; killed at any moment, another writer of the same plan goes on.
 
-    The caller holds the directory's lock.
+    The caller holds the directory's lock, or shares it and has claimed each shard that he writes.
     """
 
-    def __init__(self, path: Path, plan: Plan, labels: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, path: Path, generation: Generation | Plan, labels: NDArray[np.int64] | None = None) -> None:
         """
         Args:
-            labels: per sample its class id, by which the manifest tells the teacher's own accuracy.
+            labels: per sample its class id, by which shards tell the teacher's own accuracy.
 
         Raises:
             MismatchError: the directory holds a store of another plan; the differing fields are named.
         """
-        self.path, self.plan, self.labels = path, plan, labels
-        self._written: dict[tuple[int, int], _Described] = {}
-        if check_plan(path, plan) is None:
+        self.path, self.labels = path, labels
+        self.generation = Generation(0, generation) if isinstance(generation, Plan) else generation
+        self.plan = self.generation.plan
+        self._written: dict[tuple[int, int], ShardEntry] = {}
+        if check_plan(path, self.generation) is None:
             # Of a store that lost shards since: without it the store is unfinished, as it is.
-            (path / MANIFEST).unlink(missing_ok=True)
-        remove_temporaries(path)
-        if not (path / PLAN).exists():
-            write_atomic(path / PLAN, plan.text)
+            (path / self.generation.manifest_name).unlink(missing_ok=True)
+        if not (path / self.generation.plan_name).exists():
+            write_atomic(path / self.generation.plan_name, self.plan.text)
 
-    def missing(self) -> list[tuple[int, int]]:
-        """(view, shard) of what is still to be written; a shard that does not open counts as missing."""
-        return [place for place in self.plan.every_shard() if not self._is_there(*place)]
+    def missing(self) -> Iterator[tuple[int, int]]:
+        """(view, shard) of what is still to be written, in order."""
+        return (place for place in self.plan.every_shard() if not self.is_there(*place))
 
-    def write(self, view: int, shard: int, rows: Rows, probe_crc: NDArray[np.uint32]) -> None:
-        """Write one shard: temporary name, fsync, rename.
-
-        Raises:
-            OSError: the disk is full or the folder cannot be written; nothing is left under the shard's name.
-        """
-        content = encode(self.plan, view, shard, rows, probe_crc)
-        path = self.path / shard_path(view, shard)
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, content)
-        self._written[view, shard] = self._describe(view, shard, rows, len(content), sha256(content))
-
-    def finish(self) -> Manifest:
-        """Write the manifest, which makes the store complete; shards of earlier attempts are read for it."""
-        shards = [self._written.get(place) or self._read(*place) for place in self.plan.every_shard()]
-        rows = sum(shard.entry.rows for shard in shards)
-        judged = rows if self.labels is not None else 0
-        manifest = Manifest(
-            plan_sha256=self.plan.sha256,
-            rows=rows,
-            bytes=sum(shard.entry.bytes for shard in shards),
-            shards=tuple(shard.entry for shard in shards),
-            skipped=tuple(sorted(frozenset[int]().union(*(shard.skipped for shard in shards)))),
-            top1=_percent(sum(shard.top1 for shard in shards), judged),
-            top5=_percent(sum(shard.top5 for shard in shards), judged) if self.plan.top_k >= 5 else None,
-        )
-        write_json(self.path / MANIFEST, asdict(manifest))
-        return manifest
-
-    def _read(self, view: int, shard: int) -> _Described:
-        path = self.path / shard_path(view, shard)
-        rows = open_shard(path, self.plan, view, shard).rows
-        return self._describe(view, shard, rows, path.stat().st_size, sha256_file(path))
-
-    def _describe(self, view: int, shard: int, rows: Rows, size: int, digest: str) -> _Described:
-        hits = np.zeros((len(rows), self.plan.top_k), bool)
-        if self.labels is not None:
-            hits = rows.class_id == self.labels[rows.sample_id.astype(np.int64)][:, None]
-        return _Described(
-            ShardEntry(shard_path(view, shard), len(rows), size, digest),
-            frozenset(np.setdiff1d(self.plan.dealing.sample_ids(shard), rows.sample_id).tolist()),
-            int(hits[:, :1].sum()),
-            int(hits[:, :5].sum()),
-        )
-
-    def _is_there(self, view: int, shard: int) -> bool:
-        path = self.path / shard_path(view, shard)
+    def is_there(self, view: int, shard: int) -> bool:
+        """Whether a shard is written; one that does not open is not."""
+        path = self.path / self.generation.path(view, shard)
         if not path.exists():
             return False
         try:
@@ -113,33 +54,114 @@ class StoreWriter:
             return False
         return True
 
+    def write(self, view: int, shard: int, rows: Rows, probe_crc: NDArray[np.uint32]) -> None:
+        """Write one shard: temporary name, fsync, rename.
 
-def _percent(hits: int, of: int) -> float | None:
-    return round(100 * hits / of, 3) if of else None
+        Args:
+            rows: by place.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; nothing is left under the shard's name.
+        """
+        content = encode(self.plan, view, shard, rows, probe_crc, self._hits(rows))
+        relative = self.generation.path(view, shard)
+        path = self.path / relative
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, content)
+        self._written[view, shard] = ShardEntry(relative, len(rows), len(content), sha256(content))
+
+    def finish(self) -> Manifest:
+        """Write the manifest, which makes the generation complete; shards of others are read once for it.
+
+        Raises:
+            DamagedError: a shard's bytes are not those that its header says.
+        """
+        entries: list[ShardEntry] = []
+        skipped, hits = set[int](), np.zeros(3)
+        for place in self.plan.every_shard():
+            entry, header, without = self._describe(*place)
+            entries.append(entry)
+            skipped.update(without)
+            hits += header.rows, header.top1 or 0, header.top5 or 0
+        judged = self.labels is not None
+        manifest = Manifest(
+            plan_sha256=self.plan.sha256,
+            shards=tuple(entries),
+            skipped=tuple(sorted(skipped)),
+            top1=_percent(hits[1], hits[0]) if judged else None,
+            top5=_percent(hits[2], hits[0]) if judged and self._has_top5 else None,
+        )
+        remove_temporaries(self.path)
+        write_atomic(self.path / self.generation.manifest_name, manifest.text)
+        return manifest
+
+    def _describe(self, view: int, shard: int) -> tuple[ShardEntry, Header, list[int]]:
+        relative = self.generation.path(view, shard)
+        path = self.path / relative
+        opened = open_shard(path, self.plan, view, shard)
+        entry = self._written.get((view, shard)) or ShardEntry(
+            relative, len(opened), path.stat().st_size, check_payload(path)
+        )
+        skipped = self.plan.dealing.sample_ids(shard)[opened.skipped] if len(opened.skipped) else []
+        return entry, opened.header, list(map(int, skipped))
+
+    def _hits(self, rows: Rows) -> tuple[int | None, int | None]:
+        if self.labels is None:
+            return None, None
+        hits = rows.class_id[:, :5] == self.labels[rows.sample_id.astype(np.int64)][:, None]
+        if rows.count is not None:
+            hits &= np.arange(hits.shape[1]) < rows.count[:, None]
+        return int(hits[:, :1].sum()), int(hits.sum()) if self._has_top5 else None
+
+    @property
+    def _has_top5(self) -> bool:
+        """Whether each row has its five most probable classes."""
+        return min(self.plan.top_k, self.plan.min_k if self.plan.keep_mass else self.plan.top_k) >= 5
 
 
-def check_plan(path: Path, plan: Plan) -> Manifest | None:
-    """The manifest of the complete store of this plan at `path`; None where there is none, or one that lacks shards.
+def check_payload(path: Path) -> str:
+    """The sha256 of a shard file, its header's own sha256 of the rest having been found right.
+
+    Raises:
+        DamagedError: the bytes behind the header are not those that it was written with.
+    """
+    with path.open("rb") as file:
+        header = read_header(path, file.read(HEADER_BYTES))
+    if sha256_file(path, HEADER_BYTES) != header.payload_sha256:
+        raise DamagedError(f"{path}: its bytes are not those that were written; {ADVICE}")
+    return sha256_file(path)
+
+
+def check_plan(path: Path, generation: Generation) -> Manifest | None:
+    """The manifest of the complete generation of this plan at `path`; None where there is none, or it lacks shards.
 
     Raises:
         MismatchError: what is there is a store of another plan; the differing fields are named. (A complete store
             that differs in the versions of libraries only is the same store.)
     """
-    if not (path / PLAN).exists():
+    place = Folder(path)
+    if not place.has(generation.plan_name):
         return None
-    there = read_plan(path)
-    complete = (path / MANIFEST).exists()
-    differing = [line for line in there.differences(plan) if not (complete and line.startswith("software."))]
+    there = read_plan(place, generation.number)
+    complete = place.has(generation.manifest_name)
+    asked = generation.plan
+    differing = [line for line in there.differences(asked) if not (complete and line.startswith("software."))]
     if differing:
+        more = '; "distill store extend" adds views' if differing[0].startswith("views: ") else ""
         raise MismatchError(
-            f"{path}: holds another store ({'; '.join(sorted(differing))}: there, asked); "
+            f"{path}: holds another store ({'; '.join(differing)}: there, asked){more}; "
             "choose another --out, or give the same teacher, data and settings"
         )
     if not complete:
         return None
-    manifest = read_manifest(path, there)
+    manifest = read_manifest(place, Generation(generation.number, there, generation.offset))
+    assert manifest is not None
     return manifest if all(_has_size(path / entry.path, entry.bytes) for entry in manifest.shards) else None
 
 
 def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
+
+
+def _percent(hits: float, of: float) -> float | None:
+    return round(100 * hits / of, 3) if of else None

@@ -1,0 +1,48 @@
+"""Where a store lies: a folder here, or a URL that fsspec reads. Shards are handed out as local files either way."""
+
+from pathlib import Path
+from typing import Protocol
+
+
+class Place(Protocol):
+    """A store's files by their names relative to it. Pickles, so that spawned loader workers can have it."""
+
+    def has(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> bytes:
+        """
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        ...
+
+    def file(self, name: str) -> Path:
+        """A local file with the content of `name`; it may not be there.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        ...
+
+    def __str__(self) -> str:
+        """As a person would write it."""
+        ...
+
+
+class Folder:
+    """A store in a folder of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
