@@ -77,7 +77,8 @@ class StoreWriter:
             DamagedError: a shard's bytes are not those that its header says.
         """
         entries: list[ShardEntry] = []
-        skipped, hits = set[int](), np.zeros(3)
+        skipped: set[int] = set()
+        hits = np.zeros(3)
         for place in self.plan.every_shard():
             entry, header, without = self._describe(*place)
             entries.append(entry)
