@@ -41,6 +41,13 @@ Teacher = Annotated[
         "--teacher", metavar="RUN|NAME", help="A finished run, or a timm name.", autocompletion=_complete_model
     ),
 ]
+TeacherWeights = Annotated[
+    str | None, typer.Option("--teacher-weights", metavar="FILE", help="safetensors or torch checkpoint.")
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Take timm's own weights.")]
+Shards = Annotated[
+    str | None, typer.Option("--shards", metavar="A:B", help="Write only these, counted from 0 through all views.")
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -67,13 +74,15 @@ def flags(*given: tuple[str, str, Any]) -> dict[str, tuple[str, Any]]:
     return {path: (flag, value) for flag, path, value in given if value is not None and value is not False}
 
 
-def parse_range(text: str, flag: str) -> tuple[int, int]:
-    """`A:B` as two numbers.
+def part(shards: str | None) -> tuple[int, int] | None:
+    """`--shards A:B` as two numbers.
 
     Raises:
         UsageError: it is not of this form.
     """
-    start, colon, stop = text.partition(":")
+    if shards is None:
+        return None
+    start, colon, stop = shards.partition(":")
     if not (colon and start.isdecimal() and stop.isdecimal()):
-        raise UsageError(f"{flag} {text}: not of the form A:B, as in 0:10")
+        raise UsageError(f"--shards {shards}: not of the form A:B, as in 0:10")
     return int(start), int(stop)

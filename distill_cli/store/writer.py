@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from distill_cli.errors import DamagedError, MismatchError
 from distill_cli.files import remove_temporaries, sha256, sha256_file, write_atomic
 from distill_cli.store.manifest import Manifest, ShardEntry, read_manifest
-from distill_cli.store.place import Folder
+from distill_cli.store.place import ADVICE, Folder
 from distill_cli.store.plan import Generation, Plan, read_plan
 from distill_cli.store.rows import Rows
-from distill_cli.store.shard import ADVICE, HEADER_BYTES, Header, encode, open_shard, read_header
+from distill_cli.store.shard import HEADER_BYTES, Header, encode, open_shard, read_header
 
 
 class StoreWriter:
