@@ -56,9 +56,9 @@ class Agreement:
     """How near a student is to its teacher on the rows of a store."""
 
     agreement: float
-    """Share of rows with the teacher's most probable class, in percent."""
-    kl: float
-    """Mean KL(teacher || student) in nats, the teacher's tail spread uniformly."""
+    """Share of rows with the teacher's first class, in percent: its most probable, or the most drawn of draws alone."""
+    kl: float | None
+    """Mean KL(teacher || student) in nats, the teacher's tail spread uniformly; None where it is sampled."""
     rows: int
 
 
@@ -107,8 +107,13 @@ def measure_agreement(
     world: World,
     precision: str,
     progress: Progress,
+    sampled: bool = False,
 ) -> Agreement:
-    """Compare a model with the store's rows of the same inputs, on this rank's batches, and add up over ranks."""
+    """Compare a model with the store's rows of the same inputs, on this rank's batches, and add up over ranks.
+
+    Args:
+        sampled: the rows' tails are drawn. A sampled row has less entropy than the teacher, which would count as KL.
+    """
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     for batch in batches:
         assert batch.teacher is not None
@@ -122,7 +127,11 @@ def measure_agreement(
         )
         progress.advance(len(batch) * world.size)
     agreed_sum, kl_sum, rows = world.sum(sums).tolist()
-    return Agreement(agreement=round(100 * agreed_sum / rows, 3), kl=round(kl_sum / rows, 6), rows=int(rows))
+    return Agreement(
+        agreement=round(100 * agreed_sum / rows, 3),
+        kl=None if sampled else round(kl_sum / rows, 6),
+        rows=int(rows),
+    )
 
 
 class _Sums:

@@ -33,7 +33,10 @@ class DeiT(Objective):
 
     Paper: Touvron et al. 2021, arXiv:2012.12877, eq. 2 (soft) and eq. 3 (hard).
     Differs: the soft part is a mean over the batch; DeiT's code divides by batch x classes as well, which
-    `reduction = "numel"` does. The teacher comes from a store, its hard label being the row's first class.
+    `reduction = "numel"` does. The teacher comes from a store, its hard label being the row's first class. With
+    sampled rows that is still the most probable class, or the most drawn one where a row is draws alone; the soft
+    part at temperature 1 then has the right gradient in expectation, but its value is too large by the entropy that
+    a sampled row lacks.
     """
 
     needs = frozenset({"labels", "logits"})

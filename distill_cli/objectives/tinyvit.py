@@ -22,7 +22,9 @@ class TinyViT(Objective):
 
         L = -sum_c p_c log q_c,    p_c = m outside the k,    m = tail / (C - k)
 
-    No label, no weight. The target is never densified to batch x classes.
+    No label, no weight. The target is never densified to batch x classes. In ragged rows k is each row's own.
+    Sampled rows have no tail, m = 0, and give the loss of the teacher's whole distribution in expectation, at
+    temperature 1 only.
 
     Paper: Wu et al. 2022, arXiv:2207.10666, section 3.1.
     Differs: the log-softmax of both sides is float32, where TinyViT takes them in float16 and can meet a negative
