@@ -12,6 +12,7 @@ from distill_cli.recipe import Recipe, update
 from distill_cli.report import Report
 from distill_cli.store.place import Folder
 from distill_cli.store.plan import Generation, Plan, read_generations
+from distill_cli.store.reader import Store
 from distill_cli.teacher_logits import Summary, write_generation
 
 OF_A_GENERATION = ("views", "first_view", "software", "lineage")
@@ -52,7 +53,23 @@ def extend(
             f"{store}: cannot be extended by this ({'; '.join(differing)}: there, asked); "
             "give the same teacher and data, or write another store"
         )
-    return write_generation(capture, replace(generation, plan=plan), store, world, report, start, shards)
+    summary = write_generation(capture, replace(generation, plan=plan), store, world, report, start, shards)
+    return summary if summary.status == "part" else _of_all_views(summary, Store(store))
+
+
+def _of_all_views(summary: Summary, store: Store) -> Summary:
+    """The summary of a whole store; top1 and top5 stay those of the further views."""
+    rows, size = (sum(getattr(manifest, name) for manifest in store.manifests) for name in ("rows", "bytes"))
+    return replace(
+        summary,
+        rows=rows,
+        views=store.views,
+        shards=sum(len(manifest.shards) for manifest in store.manifests),
+        bytes=size,
+        bytes_per_row=round(size / max(1, rows), 1),
+        skipped=store.plan.samples - len(store.sample_ids),
+        store_id=store.id,
+    )
 
 
 def _next(store: Path, views: int) -> Generation:

@@ -107,7 +107,8 @@ class StoreWriter:
         return entry, opened.header, skipped
 
     def _hits(self, rows: Rows) -> tuple[int | None, int | None]:
-        if self.labels is None:
+        """Rows whose label is the first class, and among the first five; None where rows do not tell."""
+        if self.labels is None or self.plan.top_k == 0:
             return None, None
         hits = rows.class_id[:, :5] == self.labels[rows.sample_id.astype(np.int64)][:, None]
         if rows.count is not None:
