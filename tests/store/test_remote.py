@@ -39,7 +39,7 @@ def served(tmp_path: Path, make_plan: Callable[..., Plan], fill_store: Callable[
     served = Served("", tmp_path / "served")
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             served.asked.append(self.path)
             super().do_GET()
 
