@@ -54,7 +54,9 @@ Model = Annotated[
         "--model", metavar="NAME", help="Instead of a run: an alias or timm name.", autocompletion=_complete_model
     ),
 ]
-StorePath = Annotated[str | None, typer.Option("--store", metavar="STORE", help="A store of teacher logits: a directory or a URL.")]
+StorePath = Annotated[
+    str | None, typer.Option("--store", metavar="STORE", help="A store of teacher logits: a directory or a URL.")
+]
 Trust = Annotated[bool, typer.Option("--trust", help="Read the store without looking at its checksums.")]
 StoreOut = Annotated[Path, typer.Option("--out", metavar="STORE", help="The store's directory.", show_default=False)]
 RunOut = Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's directory.", show_default=False)]
