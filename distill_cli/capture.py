@@ -274,7 +274,8 @@ def teach(capture: Capture, batch: Batch, world: World, probes: int = 0) -> Taug
             logits = capture.teacher.model(batch.images)
         logits = logits.float()
     rows = _rows(plan, logits, batch)
-    tensors = {"finite": logits.isfinite().all(dim=-1), "images": batch.images[:probes]}
+    # Copied, as a slice would hold on to the whole batch until its shard is written.
+    tensors = {"finite": logits.isfinite().all(dim=-1), "images": batch.images[:probes].clone()}
     if world.device.type == "cpu":
         return Taught(rows, **tensors, sample_ids=batch.sample_ids, view=batch.view, copied=None)
     host = {name: _to_host(tensor) for name, tensor in tensors.items()}
