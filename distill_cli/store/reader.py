@@ -1,6 +1,7 @@
 """Reading a store: any rows of a view, by sample id. Mirror of `writer`."""
 
 import itertools
+import stat
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,13 @@ class Store:
 
     @property
     def sample_ids(self) -> NDArray[np.int64]:
-        """The samples that have rows in every view, ascending."""
+        """The samples that have rows in every view, ascending.
+
+        Raises:
+            DamagedError: the first shard is missing or has another size.
+        """
+        # Of a plan with more samples than the store can hold, no list is made.
+        self._file(self.entry(0, 0))
         skipped = [sample_id for manifest in self.manifests for sample_id in manifest.skipped]
         return np.setdiff1d(np.arange(self.plan.samples), np.array(skipped, np.int64))
 
@@ -116,6 +123,9 @@ class Store:
             DamagedError: a shard is missing or damaged, or has no row for a sample.
         """
         plan = self.generation_of(view)[0].plan
+        # The dealing would find a place for any number.
+        if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < plan.samples:
+            raise self._no_row()
         places = plan.dealing.place(sample_ids)
         order = np.argsort(places, kind="stable")
         places = places[order]
@@ -127,9 +137,7 @@ class Store:
             try:
                 parts.append((shard.rows, shard.find(places[start:stop] - number * plan.shard_rows)))
             except KeyError:
-                raise DamagedError(
-                    f"{self}: no row for a sample that was asked for; the store does not cover this data"
-                ) from None
+                raise self._no_row() from None
         try:
             taken = CODECS[plan.codec].take(parts, plan.form)
         except ValueError as error:
@@ -165,10 +173,17 @@ class Store:
             self._mapped -= oldest.size
         return opened
 
+    def _no_row(self) -> DamagedError:
+        return DamagedError(f"{self}: no row for a sample that was asked for; the store does not cover this data")
+
     def _file(self, entry: ShardEntry) -> Path:
         try:
             path = self.place.file(entry.path)
-            if path.stat().st_size == entry.bytes:
+            found = path.stat()
+            # A pipe would keep the reader waiting, and a device would have no end.
+            if not stat.S_ISREG(found.st_mode):
+                raise DamagedError(f"{path}: not a file; {ADVICE}")
+            if found.st_size == entry.bytes:
                 return path
         except FileNotFoundError:
             raise DamagedError(
