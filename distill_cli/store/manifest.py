@@ -105,4 +105,6 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     skipped = tuple(values.pop("skipped"))
     if not all(is_count(sample_id) for sample_id in skipped):
         raise ValueError("skipped is not a list of sample ids")
+    if not all(values[name] is None or isinstance(values[name], int | float) for name in ("top1", "top5")):
+        raise ValueError(f"top1 and top5 are {values['top1']!r}, {values['top5']!r}")
     return Manifest(shards=entries, skipped=skipped, **values)

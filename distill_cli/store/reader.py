@@ -16,12 +16,14 @@ from distill_cli.store.codecs import CODECS
 from distill_cli.store.manifest import Manifest, ShardEntry, read_manifest
 from distill_cli.store.place import Folder, Place
 from distill_cli.store.plan import Generation, Plan, read_generations, store_id
-from distill_cli.store.rows import Rows
+from distill_cli.store.rows import Rows, Taken
 from distill_cli.store.shard import ADVICE, Shard, check_rows, open_shard
 
 OPEN_SHARDS = 256
 """Memory maps held at once: each holds a file descriptor, of which a process may commonly have 1,024."""
 MEMORY_MB = 1024
+Part = tuple[Any, NDArray[np.int64]]
+"""An open shard as its codec knows it, and which of its rows are asked for."""
 
 
 class Store:
@@ -131,21 +133,35 @@ class Store:
         places = places[order]
         shards = places // plan.shard_rows
         first = np.flatnonzero(np.diff(shards, prepend=-1))
-        parts = []
-        for number, start, stop in zip(shards[first].tolist(), first, [*first[1:], len(places)], strict=True):
-            shard = self.shard(view, number)
-            try:
-                parts.append((shard.rows, shard.find(places[start:stop] - number * plan.shard_rows)))
-            except KeyError:
-                raise self._no_row() from None
-        try:
-            taken = CODECS[plan.codec].take(parts, plan.form)
-        except ValueError as error:
-            raise DamagedError(f"{self}: view {view}: {error}; {ADVICE}") from error
+        parts, taken, mapped = list[Part](), list[Taken](), 0
+        for start, stop in itertools.pairwise([*first.tolist(), len(places)]):
+            number = int(shards[start])
+            size = self.entry(view, number).bytes
+            if parts and (len(parts) == OPEN_SHARDS or mapped + size > self.memory):
+                # A part keeps its shard mapped, whatever this store lets go of.
+                taken.append(self._take(view, parts))
+                parts, mapped = [], 0
+            parts.append(self._part(view, number, places[start:stop] - number * plan.shard_rows))
+            mapped += size
+        taken.append(self._take(view, parts))
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        class_id, log_prob, log_tail, count = taken
+        class_id, log_prob, log_tail, count = _joined(taken)
         return Rows(sample_ids, class_id[back], log_prob[back], log_tail[back], None if count is None else count[back])
+
+    def _part(self, view: int, shard: int, places: NDArray[np.int64]) -> Part:
+        opened = self.shard(view, shard)
+        try:
+            return opened.rows, opened.find(places)
+        except KeyError:
+            raise self._no_row() from None
+
+    def _take(self, view: int, parts: list[Part]) -> Taken:
+        plan = self.generation_of(view)[0].plan
+        try:
+            return CODECS[plan.codec].take(parts, plan.form)
+        except ValueError as error:
+            raise DamagedError(f"{self}: view {view}: {error}; {ADVICE}") from error
 
     def shard(self, view: int, shard: int) -> Shard:
         """One shard, its checksum verified and its values looked at when it is first opened.
@@ -162,15 +178,14 @@ class Store:
         known = self.trust or entry.path in self._verified
         if not known and sha256_file(path) != entry.sha256:
             raise DamagedError(f"{path}: its sha256 is not the manifest's; {ADVICE}")
+        while self._open and (len(self._open) == OPEN_SHARDS or self._mapped + entry.bytes > self.memory):
+            self._mapped -= self._open.popitem(last=False)[1].size
         opened = open_shard(path, generation.plan, within, shard)
         if not known:
             check_rows(path, opened, generation.plan, shard)
             self._verified.add(entry.path)
         self._open[view, shard] = opened
         self._mapped += opened.size
-        while len(self._open) > 1 and (len(self._open) > OPEN_SHARDS or self._mapped > self.memory):
-            _, oldest = self._open.popitem(last=False)
-            self._mapped -= oldest.size
         return opened
 
     def _no_row(self) -> DamagedError:
@@ -190,6 +205,14 @@ class Store:
                 f'{self.place}/{entry.path}: missing; run the same "distill teacher-logits" command again'
             ) from None
         raise DamagedError(f"{path}: its size is not the manifest's; {ADVICE}")
+
+
+def _joined(taken: list[Taken]) -> Taken:
+    if len(taken) == 1:
+        return taken[0]
+    class_id, log_prob, log_tail, count = zip(*taken, strict=True)
+    columns = np.concatenate(class_id), np.concatenate(log_prob), np.concatenate(log_tail)
+    return *columns, None if count[0] is None else np.concatenate(count)
 
 
 def _unfinished(place: Place, generation: Generation) -> DamagedError | BusyError:

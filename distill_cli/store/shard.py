@@ -157,7 +157,8 @@ def open_shard(path: Path, plan: Plan, view: int, shard: int) -> Shard:
     expected = {"plan_sha256": plan.sha256, "view": plan.first_view + view, "shard": shard}
     for name, value in expected.items():
         if (found := getattr(header, name)) != value or type(found) is not type(value):
-            raise DamagedError(f"{path}: {name} is {found!r}, not {value!r}: a shard of another store or place; {ADVICE}")
+            where = f"{path}: {name} is {found!r}, not {value!r}"
+            raise DamagedError(f"{where}: a shard of another store or place; {ADVICE}")
     try:
         _check_apart(header.arrays)
         arrays = {name: _view(memory, name, layout) for name, layout in header.arrays.items()}

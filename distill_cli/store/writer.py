@@ -103,8 +103,8 @@ class StoreWriter:
         entry = self._written.get((view, shard)) or ShardEntry(
             relative, len(opened), path.stat().st_size, check_payload(path)
         )
-        skipped = self.plan.dealing.sample_ids(shard)[opened.skipped] if len(opened.skipped) else []
-        return entry, opened.header, list(map(int, skipped))
+        skipped = self.plan.dealing.sample_ids(shard)[opened.skipped]
+        return entry, opened.header, skipped.tolist()
 
     def _hits(self, rows: Rows) -> tuple[int | None, int | None]:
         if self.labels is None:
