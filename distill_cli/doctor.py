@@ -104,7 +104,7 @@ def _locks(folder: Path) -> Finding:
         with locked(inside / "locked"):
             pass
 
-    return _try("file locks", folder, lock, "two commands could write one directory: use a file system with flock")
+    return _try("file locks", folder, lock, "two commands could write one directory: use a file system with locks")
 
 
 def _hdf5(folder: Path) -> Finding:

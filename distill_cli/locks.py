@@ -139,8 +139,10 @@ def _opened(folder: Path, kind: int, length: int) -> Iterator[IO[str]]:
             try:
                 yield file
             finally:
-                if _lock(file, fcntl.LOCK_EX, 0, 0):
-                    path.unlink(missing_ok=True)
+                # Let go first: of two who leave at once neither would have the file to himself.
+                fcntl.lockf(file, fcntl.LOCK_UN)
+                if _lock(file, fcntl.LOCK_EX, 0, 0) and _is_at(path, file.fileno()):
+                    path.unlink()
                 _held.discard(path)
             return
 

@@ -68,7 +68,7 @@ def test_a_file_system_without_locks_is_a_finding(tmp_path: Path, monkeypatch: p
     def refuse(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("distill_cli.files.fcntl.lockf", refuse)
+    monkeypatch.setattr("distill_cli.locks.fcntl.lockf", refuse)
     found = findings(tmp_path)["file locks"]
     assert found.found == "fail ([Errno 95] Operation not supported)"
-    assert "flock" in found.advice
+    assert "a file system with locks" in found.advice

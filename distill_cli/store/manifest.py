@@ -85,6 +85,12 @@ def read_manifest(place: Place, generation: Generation) -> Manifest | None:
     # The number first: the paths of a hostile plan could be without end.
     if len(listed) != plan.views * plan.shards or listed != list(generation.paths()):
         raise DamagedError(f"{where}: does not list the shards of the plan; {ADVICE}")
+    # Each view has a row of each sample, but for the skipped ones.
+    least = plan.samples - len(manifest.skipped)
+    for view in range(plan.views):
+        rows = sum(entry.rows for entry in manifest.shards[view * plan.shards : (view + 1) * plan.shards])
+        if not least <= rows <= plan.samples:
+            raise DamagedError(f"{where}: lists {rows} rows of {plan.samples} samples in view {view}; {ADVICE}")
     return manifest
 
 
@@ -101,4 +107,6 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     skipped = tuple(values.pop("skipped"))
     if not all(is_count(sample_id) for sample_id in skipped):
         raise ValueError("skipped is not a list of sample ids")
+    if not all(values[name] is None or isinstance(values[name], int | float) for name in ("top1", "top5")):
+        raise ValueError(f"top1 and top5 are {values['top1']!r}, {values['top5']!r}")
     return Manifest(shards=entries, skipped=skipped, **values)

@@ -1,7 +1,10 @@
 """Where a store lies: a folder here, or a URL that fsspec reads. Shards are handed out as local files either way."""
 
+import stat
 from pathlib import Path
 from typing import Protocol
+
+from distill_cli.errors import DamagedError
 
 ADVICE = 'run "distill store verify --repair" on the store, then the same "distill teacher-logits" command again'
 
@@ -15,6 +18,7 @@ class Place(Protocol):
         """
         Raises:
             FileNotFoundError: there is no such file.
+            DamagedError: it is something else than a file.
         """
         ...
 
@@ -46,7 +50,11 @@ class Folder:
         return (self.path / name).exists()
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        path = self.path / name
+        # A pipe would keep the reader waiting, and a device would have no end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DamagedError(f"{path}: not a file; restore it from a copy")
+        return path.read_bytes()
 
     def file(self, name: str, sha256: str) -> Path:
         return self.path / name

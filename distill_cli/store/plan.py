@@ -25,6 +25,8 @@ VERSION = 1
 PROBES = 4
 """Rows at the head of each shard whose inputs are checksummed."""
 CODECS = ("exact", "compact")
+SHARED = ("teacher", "data", "transform", "samples")
+"""What the plans of a store have in common."""
 MOST_ENTRIES = 2**16 - 1
 """Of a row."""
 
@@ -162,13 +164,20 @@ def read_generations(place: Place) -> list[Generation]:
     """Every generation of the store at `place`, complete or not.
 
     Raises:
-        DamagedError: there is no store, or a plan is not a plan.
+        DamagedError: there is no store, or a plan is not a plan, or one is of another teacher or of other data.
         MismatchError: it is of another format version.
     """
     found = [Generation(0, read_plan(place))]
     while place.has(numbered("plan", len(found))):
         before = found[-1]
-        found.append(Generation(len(found), read_plan(place, len(found)), before.offset + before.plan.views))
+        plan = read_plan(place, len(found))
+        for name in SHARED:
+            if getattr(plan, name) != getattr(found[0].plan, name):
+                raise DamagedError(
+                    f"{place}/{numbered('plan', len(found))}: its {name} is not that of plan.json: a plan of another "
+                    "store; restore it from a copy"
+                )
+        found.append(Generation(len(found), plan, before.offset + before.plan.views))
     return found
 
 
@@ -211,7 +220,7 @@ def parse(content: bytes, where: str) -> dict[str, Any]:
         MismatchError: it is of another version of the format.
     """
     try:
-        values = json.loads(content)
+        values = json.loads(content, object_pairs_hook=_table, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where}: not JSON ({error}); restore it from a copy") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -220,6 +229,25 @@ def parse(content: bytes, where: str) -> dict[str, Any]:
     if type(version) is not int or version != VERSION:
         raise MismatchError(f"{where}: store version {version}, this program reads version {VERSION}; update distill")
     return values
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: a name comes twice: readers would take one or the other.
+    """
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name comes twice")
+    return table
+
+
+def _refuse(constant: str) -> None:
+    """
+    Raises:
+        ValueError: NaN and Infinity are no JSON, though Python reads them.
+    """
+    raise ValueError(f"{constant} is no number")
 
 
 def is_count(value: object, least: int = 0, most: int = 2**62) -> bool:

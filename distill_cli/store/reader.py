@@ -1,6 +1,7 @@
 """Reading a store: any rows of a view, by sample id. Mirror of `writer`."""
 
 import itertools
+import stat
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from distill_cli.store.codecs import CODECS
 from distill_cli.store.manifest import Manifest, ShardEntry, read_manifest
 from distill_cli.store.place import Folder, Place
 from distill_cli.store.plan import Generation, Plan, read_generations, store_id
-from distill_cli.store.rows import Rows
+from distill_cli.store.rows import Rows, Taken
 from distill_cli.store.shard import Shard, check_rows, open_shard
 
 OPEN_SHARDS = 256
 """Memory maps held at once: each holds a file descriptor, of which a process may commonly have 1,024."""
 MEMORY_MB = 1024
+Part = tuple[Any, NDArray[np.int64]]
+"""An open shard as its codec knows it, and which of its rows are asked for."""
 
 
 class Store:
@@ -90,7 +93,13 @@ class Store:
 
     @property
     def sample_ids(self) -> NDArray[np.int64]:
-        """The samples that have rows in every view, ascending."""
+        """The samples that have rows in every view, ascending.
+
+        Raises:
+            DamagedError: the first shard is missing or has another size.
+        """
+        # Of a plan with more samples than the store can hold, no list is made.
+        self._file(self.entry(0, 0))
         skipped = [sample_id for manifest in self.manifests for sample_id in manifest.skipped]
         return np.setdiff1d(np.arange(self.plan.samples), np.array(skipped, np.int64))
 
@@ -116,28 +125,43 @@ class Store:
             DamagedError: a shard is missing or damaged, or has no row for a sample.
         """
         plan = self.generation_of(view)[0].plan
+        # The dealing would find a place for any number.
+        if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < plan.samples:
+            raise self._no_row()
         places = plan.dealing.place(sample_ids)
         order = np.argsort(places, kind="stable")
         places = places[order]
         shards = places // plan.shard_rows
         first = np.flatnonzero(np.diff(shards, prepend=-1))
-        parts = []
-        for number, start, stop in zip(shards[first].tolist(), first, [*first[1:], len(places)], strict=True):
-            shard = self.shard(view, number)
-            try:
-                parts.append((shard.rows, shard.find(places[start:stop] - number * plan.shard_rows)))
-            except KeyError:
-                raise DamagedError(
-                    f"{self}: no row for a sample that was asked for; the store does not cover this data"
-                ) from None
-        try:
-            taken = CODECS[plan.codec].take(parts, plan.form)
-        except ValueError as error:
-            raise DamagedError(f"{self}: view {view}: {error}; {self.place.advice}") from error
+        parts, taken, mapped = list[Part](), list[Taken](), 0
+        for start, stop in itertools.pairwise([*first.tolist(), len(places)]):
+            number = int(shards[start])
+            size = self.entry(view, number).bytes
+            if parts and (len(parts) == OPEN_SHARDS or mapped + size > self.memory):
+                # A part keeps its shard mapped, whatever this store lets go of.
+                taken.append(self._take(view, parts))
+                parts, mapped = [], 0
+            parts.append(self._part(view, number, places[start:stop] - number * plan.shard_rows))
+            mapped += size
+        taken.append(self._take(view, parts))
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        class_id, log_prob, log_tail, count = taken
+        class_id, log_prob, log_tail, count = _joined(taken)
         return Rows(sample_ids, class_id[back], log_prob[back], log_tail[back], None if count is None else count[back])
+
+    def _part(self, view: int, shard: int, places: NDArray[np.int64]) -> Part:
+        opened = self.shard(view, shard)
+        try:
+            return opened.rows, opened.find(places)
+        except KeyError:
+            raise self._no_row() from None
+
+    def _take(self, view: int, parts: list[Part]) -> Taken:
+        plan = self.generation_of(view)[0].plan
+        try:
+            return CODECS[plan.codec].take(parts, plan.form)
+        except ValueError as error:
+            raise DamagedError(f"{self}: view {view}: {error}; {self.place.advice}") from error
 
     def shard(self, view: int, shard: int) -> Shard:
         """One shard, its checksum verified and its values looked at when it is first opened.
@@ -154,27 +178,41 @@ class Store:
         known = self.trust or entry.path in self._verified
         if not known and sha256_file(path) != entry.sha256:
             raise DamagedError(f"{path}: its sha256 is not the manifest's; {self.place.advice}")
+        while self._open and (len(self._open) == OPEN_SHARDS or self._mapped + entry.bytes > self.memory):
+            self._mapped -= self._open.popitem(last=False)[1].size
         opened = open_shard(path, generation.plan, within, shard)
         if not known:
             check_rows(path, opened, generation.plan, shard)
             self._verified.add(entry.path)
         self._open[view, shard] = opened
         self._mapped += opened.size
-        while len(self._open) > 1 and (len(self._open) > OPEN_SHARDS or self._mapped > self.memory):
-            _, oldest = self._open.popitem(last=False)
-            self._mapped -= oldest.size
         return opened
+
+    def _no_row(self) -> DamagedError:
+        return DamagedError(f"{self}: no row for a sample that was asked for; the store does not cover this data")
 
     def _file(self, entry: ShardEntry) -> Path:
         try:
             path = self.place.file(entry.path, entry.sha256)
-            if path.stat().st_size == entry.bytes:
+            found = path.stat()
+            # A pipe would keep the reader waiting, and a device would have no end.
+            if not stat.S_ISREG(found.st_mode):
+                raise DamagedError(f"{path}: not a file; {self.place.advice}")
+            if found.st_size == entry.bytes:
                 return path
         except FileNotFoundError:
             raise DamagedError(
                 f'{self.place}/{entry.path}: missing; run the same "distill teacher-logits" command again'
             ) from None
         raise DamagedError(f"{path}: its size is not the manifest's; {self.place.advice}")
+
+
+def _joined(taken: list[Taken]) -> Taken:
+    if len(taken) == 1:
+        return taken[0]
+    class_id, log_prob, log_tail, count = zip(*taken, strict=True)
+    columns = np.concatenate(class_id), np.concatenate(log_prob), np.concatenate(log_tail)
+    return *columns, None if count[0] is None else np.concatenate(count)
 
 
 def _unfinished(place: Place, generation: Generation) -> DamagedError | BusyError:

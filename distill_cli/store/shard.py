@@ -10,6 +10,7 @@ and the arrays of the codec.
 """
 
 import io
+import itertools
 import math
 import mmap
 import os
@@ -155,9 +156,11 @@ def open_shard(path: Path, plan: Plan, view: int, shard: int) -> Shard:
     header = read_header(path, memory[:HEADER_BYTES])
     expected = {"plan_sha256": plan.sha256, "view": plan.first_view + view, "shard": shard}
     for name, value in expected.items():
-        if (found := getattr(header, name)) != value:
-            raise DamagedError(f"{path}: {name} is {found}, not {value}: a shard of another store or place; {ADVICE}")
+        if (found := getattr(header, name)) != value or type(found) is not type(value):
+            where = f"{path}: {name} is {found!r}, not {value!r}"
+            raise DamagedError(f"{where}: a shard of another store or place; {ADVICE}")
     try:
+        _check_apart(header.arrays)
         arrays = {name: _view(memory, name, layout) for name, layout in header.arrays.items()}
         opened = _open(arrays, header, plan, shard, len(memory))
     except ValueError as error:
@@ -214,6 +217,16 @@ def _array(dtype: str, shape: list[int], first: int) -> Array:
     if dtype not in DTYPES or not is_count(first, HEADER_BYTES):
         raise ValueError(f"{dtype!r} at {first!r}")
     return dtype, tuple(shape), first
+
+
+def _check_apart(arrays: Mapping[str, Array]) -> None:
+    """
+    Raises:
+        ValueError: two arrays share bytes.
+    """
+    spans = [(first, first + math.prod(shape) * DTYPES[dtype].itemsize) for dtype, shape, first in arrays.values()]
+    if any(start < end for (_, end), (start, _) in itertools.pairwise(sorted(spans))):
+        raise ValueError("its arrays overlap")
 
 
 def _view(memory: mmap.mmap, name: str, layout: Array) -> NDArray[Any]:
