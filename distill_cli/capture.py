@@ -270,10 +270,8 @@ def teach(capture: Capture, batch: Batch, world: World, probes: int = 0) -> Taug
         batch = Batch(images, batch.labels, batch.sample_ids, batch.view)
         logits = torch.empty(0, plan.num_classes, device=world.device)
     else:
-        with autocast(world.device, plan.precision):
-            logits = capture.teacher.model(batch.images)
-        logits = logits.float()
-    rows = _rows(plan, logits, batch)
+        logits = logits_of(capture, batch, world)
+    rows = rows_of(plan, logits, batch)
     tensors = {"finite": logits.isfinite().all(dim=-1), "images": batch.images[:probes]}
     if world.device.type == "cpu":
         return Taught(rows, **tensors, sample_ids=batch.sample_ids, view=batch.view, copied=None)
@@ -285,7 +283,14 @@ def teach(capture: Capture, batch: Batch, world: World, probes: int = 0) -> Taug
     return Taught(rows, **host, sample_ids=batch.sample_ids, view=batch.view, copied=copied)
 
 
-def _rows(plan: Plan, logits: Tensor, batch: Batch) -> SparseLogits:
+def logits_of(capture: Capture, batch: Batch, world: World) -> Tensor:
+    """The teacher's output for a batch: float32 `[batch, classes]`."""
+    with autocast(world.device, capture.plan.precision):
+        logits: Tensor = capture.teacher.model(batch.images)
+    return logits.float()
+
+
+def rows_of(plan: Plan, logits: Tensor, batch: Batch) -> SparseLogits:
     """What is kept of the teacher's output."""
     if plan.sample:
         seed, drawn = plan.drawn[batch.view]

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from distill_cli.cli import options
-from distill_cli.cli.output import emit, print_table, text
+from distill_cli.cli.options import flags
+from distill_cli.cli.output import emit, print_result, print_table, report_for, text
 
 app = typer.Typer(help="Look into, check, join, trim and convert stores.", no_args_is_help=True)
 
@@ -66,3 +67,56 @@ def verify(
         values = {name: value for name, value in asdict(found).items() if name != "findings"}
         print_table(("", ""), [(name, text(value)) for name, value in values.items()], apart=bool(rows))
     check_verified(found)
+
+
+@app.command("check")
+def check(
+    store: Store,
+    recipe: options.RecipeName = None,
+    teacher: options.Teacher = None,
+    teacher_weights: Annotated[
+        str | None, typer.Option("--teacher-weights", metavar="FILE", help="safetensors or torch checkpoint.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Take timm's own weights.")] = False,
+    data: options.Data = None,
+    rows: Annotated[
+        int, typer.Option("--rows", metavar="N", min=1, help="Rows to compare; whole batches are taken.")
+    ] = 2000,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", metavar="X", min=0, help="Nats; by default 0.02, of a store in bf16 0.2."),
+    ] = None,
+    batch_size: options.BatchSize = None,
+    workers: options.Workers = None,
+    device: options.Device = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the choice of rows.")] = 0,
+    skip_unreadable: options.SkipUnreadable = False,
+    sets: options.Sets = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run the teacher again on some rows and compare; exit 3 if they differ beyond the tolerance."""
+    from distill_cli.check import check, check_passed
+    from distill_cli.distributed import world
+    from distill_cli.recipe import load
+
+    loaded = load(
+        recipe,
+        sets or (),
+        flags(
+            ("STORE", "store.path", store),
+            ("--teacher", "teacher.name", teacher),
+            ("--teacher-weights", "teacher.weights", teacher_weights),
+            ("--pretrained", "teacher.pretrained", pretrained),
+            ("--data", "data.path", data),
+            ("--batch-size", "store.batch_size", batch_size),
+            ("--workers", "runtime.workers", workers),
+            ("--device", "runtime.device", device),
+            ("--skip-unreadable", "data.skip_unreadable", skip_unreadable),
+        ),
+    )
+    with world(loaded.recipe.runtime) as here:
+        summary = check(loaded.recipe, here, report_for(here, quiet), rows, tolerance, seed)
+        if here.is_main:
+            print_result(summary, as_json)
+        check_passed(summary)
