@@ -74,8 +74,7 @@ def compare(plan: Plan, stored: Rows, fresh: Rows, log_prob: NDArray[np.float32]
     codec = _most(_differences(again, values, _exact(plan, again))[0])
     limit = tolerance + codec
     largest = _most(difference)
-    other = _set(stored, kept) != _set(fresh, kept_fresh)
-    other_classes = other.any(axis=1)
+    other_classes = (_set(plan, stored, kept) != _set(plan, fresh, kept_fresh)).any(axis=1)
     last = np.where(kept, stored.log_prob.astype(np.float64), np.inf).min(axis=1, initial=np.inf)
     others = values.copy()
     np.put_along_axis(others, np.where(kept, stored.class_id.astype(np.int64), _first(stored)), -np.inf, axis=1)
@@ -131,9 +130,9 @@ def _most(values: Float) -> Float:
     return np.asarray(values.max(axis=1, initial=0), np.float64)
 
 
-def _set(rows: Rows, kept: Bool) -> NDArray[np.int64]:
-    """The classes of each row, ascending, behind as many -1 as are not kept."""
-    return np.sort(np.where(kept, rows.class_id.astype(np.int64), -1), axis=1)
+def _set(plan: Plan, rows: Rows, kept: Bool) -> NDArray[np.int64]:
+    """The classes of each row, ascending, behind as many -1 as are not kept: `[n, top_k]`."""
+    return np.sort(np.where(kept, rows.class_id.astype(np.int64), -1)[:, : plan.top_k], axis=1)
 
 
 def _first(rows: Rows) -> NDArray[np.int64]:
