@@ -63,7 +63,7 @@ def verify(
     else:
         rows = [(each.path, each.kind, each.found, each.repaired or "") for each in found.findings]
         if rows:
-            print_table(("file", "", "found", "repaired"), rows)
+            print_table(("file", "is", "found", "repaired"), rows)
         values = {name: value for name, value in asdict(found).items() if name != "findings"}
         print_table(("", ""), [(name, text(value)) for name, value in values.items()], apart=bool(rows))
     check_verified(found)

@@ -132,15 +132,18 @@ def _decode(opened: Shard, plan: Plan) -> None:
     for start in range(0, len(opened), DECODED_ROWS):
         at = np.arange(start, min(start + DECODED_ROWS, len(opened)))
         class_id, log_prob, log_tail, count = CODECS[plan.codec].take([(opened.rows, at)], plan.form)
-        entries = np.arange(class_id.shape[1])
-        kept = np.broadcast_to(entries, class_id.shape) < (class_id.shape[1] if count is None else count[:, None])
         if class_id.size and class_id.max() >= plan.num_classes:
             raise ValueError(f"has class {class_id.max()} of {plan.num_classes}")
-        if not ((log_prob <= 0.001) | ~kept).all() or not (log_tail <= 0.001).all():
+        # Padding is -inf. NaN is not at most 0 either.
+        if not (log_prob <= np.float16(0.001)).all() or not (log_tail <= np.float32(0.001)).all():
             raise ValueError("has values that are no log-probabilities")
-        # Padding as classes that there are not, each once.
-        ordered = np.sort(np.where(kept, class_id.astype(np.int64), -1 - entries), axis=1)
-        if (np.diff(ordered, axis=1) == 0).any():
+        classes = class_id.astype(np.int32)
+        if count is not None:
+            # As classes that there are not, each once.
+            entries = np.arange(classes.shape[1], dtype=np.int32)
+            classes = np.where(entries < count[:, None], classes, -1 - entries)
+        classes.sort(axis=1)
+        if (classes[:, 1:] == classes[:, :-1]).any():
             raise ValueError("has a row with a class twice")
 
 
