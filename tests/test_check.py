@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from distill_cli.capture import open_capture
 from distill_cli.check import Summary, check, check_passed, choose
 from distill_cli.data import open_source
 from distill_cli.distributed import World
@@ -24,7 +25,7 @@ from distill_cli.store.reader import Store
 from distill_cli.store.rows import Rows
 from distill_cli.store.shard import open_shard
 from distill_cli.store.writer import StoreWriter
-from distill_cli.teacher_logits import teacher_logits
+from distill_cli.teacher_logits import teacher_logits, write_generation
 
 HERE = World(torch.device("cpu"))
 QUIET = Report(quiet=True)
@@ -71,17 +72,18 @@ def checked(made: Path, store: Path, images: Path, **options: object) -> Summary
     return check(recipe(made / "teacher.safetensors", images, store), HERE, QUIET, **options)  # type: ignore[arg-type]
 
 
-def rewrite(path: Path, change: Callable[[int, int, Rows], Rows]) -> None:
-    """Write every shard of a store anew from changed rows, and a manifest that fits."""
-    plan = read_plan(Folder(path))
+def rewrite(path: Path, change: Callable[[int, int, Rows], Rows], number: int = 0, offset: int = 0) -> None:
+    """Write every shard of a generation anew from changed rows, and a manifest that fits."""
+    plan = read_plan(Folder(path), number)
+    generation = Generation(number, plan, offset)
     shards = {}
     for view, shard in plan.every_shard():
-        opened = open_shard(path / Generation(0, plan).path(view, shard), plan, view, shard)
+        opened = open_shard(path / generation.path(view, shard), plan, view, shard)
         ids = np.delete(plan.dealing.sample_ids(shard), opened.skipped)
         taken = CODECS[plan.codec].take([(opened.rows, np.arange(len(opened)))], plan.form)
         shards[view, shard] = change(view, shard, Rows(ids, *taken)), opened.probe_crc.copy()
-    (path / "manifest.json").unlink()
-    writer = StoreWriter(path, plan)
+    (path / generation.manifest_name).unlink()
+    writer = StoreWriter(path, generation)
     for piece, (rows, probes) in shards.items():
         writer.write(*piece, rows, probes)
     writer.finish()
@@ -96,6 +98,18 @@ def test_a_fresh_store_passes_in_every_bit(made: Path, image_folder: Path, kind:
     assert summary.probes == 2 * (4 + 4 + 2)
     assert summary.max_difference < 0.004
     check_passed(summary)
+
+
+def test_every_generation_is_looked_at(made: Path, store: Path, image_folder: Path) -> None:
+    asked = recipe(made / "teacher.safetensors", image_folder, store, views=1, first_view=2)
+    capture = open_capture(asked, HERE, QUIET)
+    write_generation(capture, Generation(1, capture.plan, 2), store, HERE, QUIET, 0.0)
+    summary = checked(made, store, image_folder, rows=2)
+    assert (summary.status, summary.identical, summary.batches) == ("ok", 100, 4)
+    rewrite(store, lambda view, shard, rows: replace(rows, log_prob=rows.log_prob - np.float16(1)), 1, 2)
+    summary = checked(made, store, image_folder, rows=2)
+    assert summary.worst is not None
+    assert summary.worst.startswith("view 2 of ")
 
 
 @pytest.mark.parametrize("kind", ROWS)
