@@ -262,10 +262,8 @@ def teach(capture: Capture, batch: Batch, world: World) -> Taught:
     plan = capture.plan
     logits = torch.empty(0, plan.num_classes, device=world.device)
     if len(batch):
-        with autocast(world.device, plan.precision):
-            logits = capture.teacher.model(batch.images)
-    logits = logits.float()
-    rows, finite = _rows(plan, logits, batch), logits.isfinite().all(dim=-1)
+        logits = logits_of(capture, batch, world)
+    rows, finite = rows_of(plan, logits, batch), logits.isfinite().all(dim=-1)
     rest = replace(batch, images=torch.empty(0))
     if world.device.type == "cpu":
         return Taught(rows, finite, rest, copied=None)
@@ -276,7 +274,14 @@ def teach(capture: Capture, batch: Batch, world: World) -> Taught:
     return Taught(rows, finite, rest, copied)
 
 
-def _rows(plan: Plan, logits: Tensor, batch: Batch) -> SparseLogits:
+def logits_of(capture: Capture, batch: Batch, world: World) -> Tensor:
+    """The teacher's output for a batch: float32 `[batch, classes]`."""
+    with autocast(world.device, capture.plan.precision):
+        logits: Tensor = capture.teacher.model(batch.images)
+    return logits.float()
+
+
+def rows_of(plan: Plan, logits: Tensor, batch: Batch) -> SparseLogits:
     """What is kept of the teacher's output."""
     if plan.sample:
         seed, drawn = plan.drawn[batch.view]

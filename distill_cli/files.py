@@ -10,7 +10,7 @@ from typing import Any
 
 from distill_cli.errors import UsageError
 
-LOCK, _TEMPORARY = ".lock", ".tmp-"
+LOCK, TEMPORARY = ".lock", ".tmp-"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -20,7 +20,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         OSError: the disk is full or the folder cannot be written; nothing is left behind.
     """
     content = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -49,7 +49,7 @@ def canonical_json(value: Any, indent: int | None = None) -> str:
 
 def remove_temporaries(folder: Path) -> None:
     """Delete what a killed writer left half-written below `folder`; call it with the folder locked."""
-    for leftover in folder.rglob(f"{_TEMPORARY}*"):
+    for leftover in folder.rglob(f"{TEMPORARY}*"):
         leftover.unlink()
 
 
@@ -81,7 +81,7 @@ def check_ours(folder: Path, marks: tuple[str, ...], what: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; --out names the directory of a {what}")
     if folder.is_dir():
-        names = {entry.name for entry in folder.iterdir() if not entry.name.startswith((LOCK, _TEMPORARY))}
+        names = {entry.name for entry in folder.iterdir() if not entry.name.startswith((LOCK, TEMPORARY))}
         if names and not names & set(marks):
             raise UsageError(f"{folder}: is not empty and not a {what}; choose another --out")
 

@@ -42,9 +42,15 @@ def print_bill(bill: Any, origins: Mapping[str, str], as_json: bool) -> None:
     print_table(("bill", ""), [(name, text(value)) for name, value in cost.items()])
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns; on a terminal with a rule and bold names, else plain, never cut to a width."""
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], apart: bool = False) -> None:
+    """Print columns; on a terminal with a rule and bold names, else plain, never cut to a width.
+
+    Args:
+        apart: leave a line above, where another table came before.
+    """
     if not sys.stdout.isatty():
+        if apart:
+            emit("")
         lines = [*([head] if any(head) else []), *rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:

@@ -1,5 +1,7 @@
 """`distill store`: what is done with stores besides writing and reading them."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -7,11 +9,115 @@ import typer
 
 from distill_cli.cli import options
 from distill_cli.cli.options import flags
-from distill_cli.cli.output import print_result, report_for
+from distill_cli.cli.output import emit, print_result, print_table, report_for, text
 
 app = typer.Typer(help="Look into, check, join, trim and convert stores.", no_args_is_help=True)
 
 Store = Annotated[str, typer.Argument(metavar="STORE", help="The store's directory.")]
+
+
+@app.command("inspect")
+def inspect(
+    store: Store,
+    shards_sampled: Annotated[
+        int | None,
+        typer.Option("--shards-sampled", metavar="N", min=1, help="Read so many shards; by default at most 6."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Read every shard.")] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show what a store is and holds, complete or not."""
+    from distill_cli.report import Report
+    from distill_cli.store import open_place
+    from distill_cli.store.inspect import ALL, ENDS, inspect, tables
+
+    sampled = ALL if every else ENDS if shards_sampled is None else shards_sampled
+    found = inspect(open_place(store), sampled, Report(quiet))
+    if as_json:
+        emit(json.dumps(asdict(found)))
+        return
+    for number, (head, rows) in enumerate(tables(found)):
+        print_table(head, [[text(cell) for cell in row] for row in rows], apart=number > 0)
+
+
+@app.command("verify")
+def verify(
+    store: Store,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Delete what is damaged, so that the next capture fills it.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", metavar="N", help="Threads; by default one a core.")
+    ] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Read every file of a store and name what is damaged or missing; exit 4 if anything is."""
+    from distill_cli.report import Report
+    from distill_cli.store.verify import check_verified, verify
+
+    found = verify(Path(store), repair, workers, Report(quiet))
+    if as_json:
+        emit(json.dumps(asdict(found)))
+    else:
+        rows = [(each.path, each.kind, each.found, each.repaired or "") for each in found.findings]
+        if rows:
+            print_table(("file", "is", "found", "repaired"), rows)
+        values = {name: value for name, value in asdict(found).items() if name != "findings"}
+        print_table(("", ""), [(name, text(value)) for name, value in values.items()], apart=bool(rows))
+    check_verified(found)
+
+
+@app.command("check")
+def check(
+    store: Store,
+    recipe: options.RecipeName = None,
+    teacher: options.Teacher = None,
+    teacher_weights: options.TeacherWeights = None,
+    pretrained: options.Pretrained = False,
+    data: options.Data = None,
+    rows: Annotated[
+        int, typer.Option("--rows", metavar="N", min=1, help="Rows to compare; whole batches are taken.")
+    ] = 2000,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", metavar="X", min=0, help="Nats; by default 0.02, of a store in bf16 0.2."),
+    ] = None,
+    batch_size: options.BatchSize = None,
+    workers: options.Workers = None,
+    device: options.Device = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the choice of rows.")] = 0,
+    skip_unreadable: options.SkipUnreadable = False,
+    sets: options.Sets = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run the teacher again on some rows and compare; exit 3 if they differ beyond the tolerance."""
+    from distill_cli.check import check, check_passed
+    from distill_cli.distributed import world
+    from distill_cli.recipe import load
+
+    loaded = load(
+        recipe,
+        sets or (),
+        flags(
+            ("STORE", "store.path", store),
+            ("--teacher", "teacher.name", teacher),
+            ("--teacher-weights", "teacher.weights", teacher_weights),
+            ("--pretrained", "teacher.pretrained", pretrained),
+            ("--data", "data.path", data),
+            ("--batch-size", "store.batch_size", batch_size),
+            ("--workers", "runtime.workers", workers),
+            ("--device", "runtime.device", device),
+            ("--skip-unreadable", "data.skip_unreadable", skip_unreadable),
+        ),
+    )
+    with world(loaded.recipe.runtime) as here:
+        summary = check(loaded.recipe, here, report_for(here, quiet), rows, tolerance, seed)
+        if here.is_main:
+            print_result(summary, as_json)
+        check_passed(summary)
 
 
 @app.command("extend")

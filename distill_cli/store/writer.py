@@ -1,6 +1,7 @@
 """Filling a store: the plan first, shards one by one, the manifest last. Mirror of `reader`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,38 @@ from distill_cli.store.manifest import Manifest, ShardEntry, read_manifest
 from distill_cli.store.place import ADVICE, Folder
 from distill_cli.store.plan import Generation, Plan, read_plan
 from distill_cli.store.rows import Rows
-from distill_cli.store.shard import HEADER_BYTES, Header, encode, open_shard, read_header
+from distill_cli.store.shard import HEADER_BYTES, Shard, encode, open_shard, read_header
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a manifest is made of: one shard."""
+
+    entry: ShardEntry
+    top1: int | None
+    """Rows whose label is the first class; None without labels."""
+    top5: int | None
+    skipped: tuple[int, ...]
+    """Ids of the samples without a row."""
+
+
+def finished(plan: Plan, shard: int, opened: Shard, entry: ShardEntry) -> Finished:
+    """What an open shard says for the manifest."""
+    # Where nothing was skipped, which is nearly always, the dealing need not be worked out.
+    skipped = plan.dealing.sample_ids(shard)[opened.skipped].tolist() if len(opened.skipped) else []
+    return Finished(entry, opened.header.top1, opened.header.top5, tuple(skipped))
+
+
+def manifest_of(plan: Plan, shards: Sequence[Finished]) -> Manifest:
+    """The manifest of a generation, from all of its shards in order; no label is needed, shards have counted."""
+    rows = sum(shard.entry.rows for shard in shards)
+    return Manifest(
+        plan_sha256=plan.sha256,
+        shards=tuple(shard.entry for shard in shards),
+        skipped=tuple(sorted({sample_id for shard in shards for sample_id in shard.skipped})),
+        top1=_percent([shard.top1 for shard in shards], rows),
+        top5=_percent([shard.top5 for shard in shards], rows),
+    )
 
 
 class StoreWriter:
@@ -76,35 +108,19 @@ class StoreWriter:
         Raises:
             DamagedError: a shard's bytes are not those that its header says.
         """
-        entries: list[ShardEntry] = []
-        skipped: set[int] = set()
-        hits = np.zeros(3)
-        for place in self.plan.every_shard():
-            entry, header, without = self._describe(*place)
-            entries.append(entry)
-            skipped.update(without)
-            hits += header.rows, header.top1 or 0, header.top5 or 0
-        judged = self.labels is not None
-        manifest = Manifest(
-            plan_sha256=self.plan.sha256,
-            shards=tuple(entries),
-            skipped=tuple(sorted(skipped)),
-            top1=_percent(hits[1], hits[0]) if judged else None,
-            top5=_percent(hits[2], hits[0]) if judged and self._has_top5 else None,
-        )
+        manifest = manifest_of(self.plan, [self._describe(*place) for place in self.plan.every_shard()])
         remove_temporaries(self.path)
         write_atomic(self.path / self.generation.manifest_name, manifest.text)
         return manifest
 
-    def _describe(self, view: int, shard: int) -> tuple[ShardEntry, Header, list[int]]:
+    def _describe(self, view: int, shard: int) -> "Finished":
         relative = self.generation.path(view, shard)
         path = self.path / relative
         opened = open_shard(path, self.plan, view, shard)
         entry = self._written.get((view, shard)) or ShardEntry(
             relative, len(opened), path.stat().st_size, check_payload(path)
         )
-        skipped = self.plan.dealing.sample_ids(shard)[opened.skipped].tolist() if len(opened.skipped) else []
-        return entry, opened.header, skipped
+        return finished(self.plan, shard, opened, entry)
 
     def _hits(self, rows: Rows) -> tuple[int | None, int | None]:
         """Rows whose label is the first class, and among the first five; None where rows do not tell."""
@@ -165,5 +181,7 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _percent(hits: float, of: float) -> float | None:
-    return round(100 * hits / of, 3) if of else None
+def _percent(hits: Sequence[int | None], of: int) -> float | None:
+    """The share of hits; None where some shard counted none."""
+    counted = [count for count in hits if count is not None]
+    return round(100 * sum(counted) / of, 3) if of and len(counted) == len(hits) else None
