@@ -34,7 +34,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _fsync_directory(path.parent)
+    fsync_directory(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -86,7 +86,8 @@ def check_ours(folder: Path, marks: tuple[str, ...], what: str) -> None:
             raise UsageError(f"{folder}: is not empty and not a {what}; choose another --out")
 
 
-def _fsync_directory(folder: Path) -> None:
+def fsync_directory(folder: Path) -> None:
+    """Make the names in a folder outlast a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

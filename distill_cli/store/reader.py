@@ -139,6 +139,15 @@ class Store:
         class_id, log_prob, log_tail, count = taken
         return Rows(sample_ids, class_id[back], log_prob[back], log_tail[back], None if count is None else count[back])
 
+    def ids(self, view: int, shard: int) -> NDArray[np.int64]:
+        """The samples that have rows in a shard, by place.
+
+        Raises:
+            DamagedError: as `shard`.
+        """
+        wanted = self.generation_of(view)[0].plan.dealing.sample_ids(shard)
+        return np.delete(wanted, self.shard(view, shard).skipped)
+
     def shard(self, view: int, shard: int) -> Shard:
         """One shard, its checksum verified and its values looked at when it is first opened.
 

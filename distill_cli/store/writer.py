@@ -1,7 +1,8 @@
 """Filling a store: the plan first, shards one by one, the manifest last. Mirror of `reader`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from distill_cli.store.place import Folder
 from distill_cli.store.plan import Generation, Plan, read_plan
 from distill_cli.store.rows import Rows
 from distill_cli.store.shard import ADVICE, HEADER_BYTES, Header, encode, open_shard, read_header
+
+Hits = tuple[int | None, int | None]
+"""Rows whose label is the first class, and among the first five; None where that is not known."""
 
 
 class StoreWriter:
@@ -54,16 +58,26 @@ class StoreWriter:
             return False
         return True
 
-    def write(self, view: int, shard: int, rows: Rows, probe_crc: NDArray[np.uint32]) -> None:
+    def write(
+        self,
+        view: int,
+        shard: int,
+        rows: Rows,
+        probe_crc: NDArray[np.uint32],
+        hits: Hits | None = None,
+        extra: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
         """Write one shard: temporary name, fsync, rename.
 
         Args:
             rows: by place.
+            hits: the teacher's own, where they are known and the labels are not.
+            extra: more arrays of the rows; see `shard.EXTRAS`.
 
         Raises:
             OSError: the disk is full or the folder cannot be written; nothing is left under the shard's name.
         """
-        content = encode(self.plan, view, shard, rows, probe_crc, self._hits(rows))
+        content = encode(self.plan, view, shard, rows, probe_crc, hits or self._hits(rows), extra)
         relative = self.generation.path(view, shard)
         path = self.path / relative
         path.parent.mkdir(exist_ok=True)
@@ -78,19 +92,19 @@ class StoreWriter:
         """
         entries: list[ShardEntry] = []
         skipped: set[int] = set()
-        hits = np.zeros(3)
+        hits: list[tuple[int, int | None, int | None]] = []
         for place in self.plan.every_shard():
             entry, header, without = self._describe(*place)
             entries.append(entry)
             skipped.update(without)
-            hits += header.rows, header.top1 or 0, header.top5 or 0
-        judged = self.labels is not None
+            hits.append((header.rows, header.top1, header.top5))
+        rows, top1, top5 = zip(*hits, strict=True)
         manifest = Manifest(
             plan_sha256=self.plan.sha256,
             shards=tuple(entries),
             skipped=tuple(sorted(skipped)),
-            top1=_percent(hits[1], hits[0]) if judged else None,
-            top5=_percent(hits[2], hits[0]) if judged and self._has_top5 else None,
+            top1=_percent(top1, sum(rows)),
+            top5=_percent(top5, sum(rows)),
         )
         remove_temporaries(self.path)
         write_atomic(self.path / self.generation.manifest_name, manifest.text)
@@ -103,21 +117,21 @@ class StoreWriter:
         entry = self._written.get((view, shard)) or ShardEntry(
             relative, len(opened), path.stat().st_size, check_payload(path)
         )
-        skipped = self.plan.dealing.sample_ids(shard)[opened.skipped] if len(opened.skipped) else []
-        return entry, opened.header, list(map(int, skipped))
+        skipped = self.plan.dealing.sample_ids(shard)[opened.skipped].tolist() if len(opened.skipped) else []
+        return entry, opened.header, skipped
 
-    def _hits(self, rows: Rows) -> tuple[int | None, int | None]:
+    def _hits(self, rows: Rows) -> Hits:
         if self.labels is None:
             return None, None
         hits = rows.class_id[:, :5] == self.labels[rows.sample_id.astype(np.int64)][:, None]
         if rows.count is not None:
             hits &= np.arange(hits.shape[1]) < rows.count[:, None]
-        return int(hits[:, :1].sum()), int(hits.sum()) if self._has_top5 else None
+        return int(hits[:, :1].sum()), int(hits.sum()) if has_top5(self.plan) else None
 
-    @property
-    def _has_top5(self) -> bool:
-        """Whether each row has its five most probable classes."""
-        return min(self.plan.top_k, self.plan.min_k if self.plan.keep_mass else self.plan.top_k) >= 5
+
+def has_top5(plan: Plan) -> bool:
+    """Whether each row has its five most probable classes."""
+    return (min(plan.top_k, plan.min_k) if plan.keep_mass else plan.top_k) >= 5
 
 
 def check_payload(path: Path) -> str:
@@ -164,5 +178,6 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _percent(hits: float, of: float) -> float | None:
-    return round(100 * hits / of, 3) if of else None
+def _percent(hits: Sequence[int | None], of: int) -> float | None:
+    known = [count for count in hits if count is not None]
+    return round(100 * sum(known) / of, 3) if of and len(known) == len(hits) else None
