@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,22 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         if isinstance(error, OSError):
             # A full disk does not say which file it was.
             error.filename = str(path)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write a long file under; it becomes `path` if the block ends well, and is gone otherwise."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

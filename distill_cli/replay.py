@@ -17,9 +17,15 @@ def check_data(store: Store, source: Source) -> None:
     """Refuse images that are not the ones a store was written from.
 
     Raises:
-        MismatchError: other classes, another number of images, other names or other labels.
+        MismatchError: other classes, another number of images, other names or other labels; or the store was
+            imported, and its views cannot be made of any images here.
     """
     plan = store.plan
+    if plan.transform.get("augment") == "tinyvit":
+        raise MismatchError(
+            f"store {store}: was imported; its views are drawn by TinyViT's own code, and cannot be replayed here; "
+            'write a store with "distill teacher-logits", or give it back by "distill store export tinyvit"'
+        )
     classes = plan.teacher["classes"]
     check_classes(source, f"store {store}", plan.num_classes, classes and tuple(classes))
     advice = "give the data that the store was written from"

@@ -7,6 +7,9 @@ as long as they are complete, so that before the first manifest, which is the la
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distill_cli.errors import MismatchError
 from distill_cli.files import check_ours
 from distill_cli.store.manifest import Manifest
@@ -46,11 +49,11 @@ def complete(out: Path, generations: Sequence[Generation]) -> list[Manifest] | N
     return found if len(found) == len(generations) else None
 
 
-def begin(out: Path, generations: Sequence[Generation]) -> list[StoreWriter]:
+def begin(out: Path, generations: Sequence[Generation], labels: NDArray[np.int64] | None = None) -> list[StoreWriter]:
     """Write the plans; the caller holds the directory's lock, and has asked `complete`."""
     # Without it the store is unfinished, whichever of its generations lost a shard.
     (out / MARKS[1]).unlink(missing_ok=True)
-    return [StoreWriter(out, generation) for generation in generations]
+    return [StoreWriter(out, generation, labels) for generation in generations]
 
 
 def finish(writers: Sequence[StoreWriter]) -> list[Manifest]:
