@@ -51,10 +51,11 @@ def trim(
 ) -> None:
     """Write a store of fewer classes or views of another, or by another codec."""
     from distill_cli.report import Report
+    from distill_cli.store import open_place
     from distill_cli.store.reader import Store
     from distill_cli.store.trim import trim
 
-    print_result(trim(Store(Path(store)), out, top_k, views, codec, bits, Report(quiet)), as_json)
+    print_result(trim(Store(open_place(store)), out, top_k, views, codec, bits, Report(quiet)), as_json)
 
 
 @imports.command("tinyvit")
@@ -107,10 +108,11 @@ def export_tinyvit(
 ) -> None:
     """Write the files that TinyViT's own code reads."""
     from distill_cli.report import Report
+    from distill_cli.store import open_place
     from distill_cli.store.export_tinyvit import export_tinyvit
     from distill_cli.store.reader import Store
 
-    opened = Store(Path(store))
+    opened = Store(open_place(store))
     names = None
     if keys != "index":
         from distill_cli.import_tinyvit import names_of
@@ -133,7 +135,8 @@ def export_parquet(
 ) -> None:
     """Write a table of view, sample_id, class_id, log_prob and log_tail."""
     from distill_cli.report import Report
+    from distill_cli.store import open_place
     from distill_cli.store.export_parquet import export_parquet
     from distill_cli.store.reader import Store
 
-    print_result(export_parquet(Store(Path(store)), out, Report(quiet)), as_json)
+    print_result(export_parquet(Store(open_place(store)), out, Report(quiet)), as_json)

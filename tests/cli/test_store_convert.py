@@ -2,11 +2,18 @@
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from command_line import DISTIL, Cli, Made, Refused, capture
+
+from distill_cli.errors import Stopped
+from distill_cli.locks import locked
+from distill_cli.store.writer import StoreWriter
 
 K = 2
 FOLDER = "logits_top2_epoch{}"
@@ -218,3 +225,40 @@ def test_another_import_is_refused(refused: Refused, distill: Cli, folder: Path,
     )
     save(saved, 3, 0, ["1"])
     assert "out: holds another store (teacher.weights_sha256: " in refused(3, *into)
+
+
+def test_a_killed_import_is_finished_by_the_same_command(
+    refused: Refused, distill: Cli, folder: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into = ("store", "import", "tinyvit", saved, "--data", folder, "--shard-rows", "16", "--out")
+    assert distill(*into, tmp_path / "undisturbed", "--quiet").code == 0
+    write, left = StoreWriter.write, iter(range(7))
+
+    def dies(*arguments: Any, **named: Any) -> None:
+        if next(left, None) is None:
+            raise Stopped("SIGTERM: stopped", 15)
+        write(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write", dies)
+        refused(143, *into, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("manifest*"))
+    done = distill(*into, tmp_path / "out", "--json", "--quiet")
+    assert (done.json["status"], done.json["negative_tails"]) == ("done", 3)
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+def test_one_command_at_a_time(refused: Refused, store: Made, saved: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with locked(out):
+        for command in (
+            ("merge", store.path), ("trim", store.path, "--top-k", "1"), ("import", "tinyvit", saved, "--data", folder),
+            ("export", "tinyvit", store.path), ("export", "parquet", store.path),
+        ):  # fmt: skip
+            assert refused(75, "store", *command, "--out", out).startswith(f"{out}: held by this process")
+
+
+def test_business_code_needs_no_torch() -> None:
+    modules = ("merge", "trim", "tinyvit", "export_tinyvit", "export_parquet", "derived")
+    line = f"import sys, {', '.join(f'distill_cli.store.{name}' for name in modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line], cwd=Path(__file__).parents[2], timeout=60).returncode == 0
