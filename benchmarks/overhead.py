@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py TEACHER_RUN STORE
 
-Capture: `teacher-logits` on the shipped sample against the same teacher called on the same batches of the same loader.
+Capture: `teacher-logits` against the same teacher called on the same batches of the same loader: the given teacher on
+the shipped sample, and a ResNet-18 of 1,000 classes on 64 px, k = 100.
 Training: the steps of `train` with a store against a bare loop over the same batches with the same student and AdamW.
 """
 
@@ -15,40 +16,60 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from distill_cli import teacher_logits, train
+from distill_cli import train
+from distill_cli.capture import CaptureOrder, batches_of, fill, open_capture
 from distill_cli.config import RuntimeConfig
+from distill_cli.data.idx import open_sample
 from distill_cli.distributed import World, world
 from distill_cli.experiment import open_experiment
+from distill_cli.locks import shared
 from distill_cli.optim import build_optimizer
 from distill_cli.recipe import Recipe, load
 from distill_cli.report import Report
 from distill_cli.store.writer import StoreWriter
 
-ROUNDS, STEPS = 5, 150
+ROUNDS, STEPS, LARGE_IMAGES = 5, 150, 1024
 QUIET = Report(quiet=True)
 
 
 def capture(recipe: Recipe, here: World) -> tuple[Callable[[], None], Callable[[], None]]:
-    opened = teacher_logits._open(recipe, here, QUIET)
+    """`teacher-logits` over the same teacher, called on the same batches of the same loader."""
+    opened = open_capture(recipe, here, QUIET)
+    pieces = list(opened.plan.every_shard())
 
     def ours() -> None:
         folder = Path(tempfile.mkdtemp())
-        writer = StoreWriter(folder, opened.plan, opened.source.labels)
-        teacher_logits._capture(opened, writer, here, QUIET)
-        writer.finish()
+        with shared(folder) as claims:
+            writer = StoreWriter(folder, opened.plan, opened.source.labels)
+            fill(opened, writer, claims, pieces, here, QUIET)
+            writer.finish()
         shutil.rmtree(folder)
 
     @torch.inference_mode()
     def bare() -> None:
-        missing = tuple(opened.plan.every_shard())
-        order = teacher_logits.CaptureOrder(opened.plan.dealing, missing, recipe.store.batch_size)
-        for batch in teacher_logits._loaded(opened, order, order.numbers(), here):
+        order = CaptureOrder(opened.plan.dealing, opened.plan.shards, recipe.store.batch_size)
+        numbers = (number for piece in pieces for number in order.numbers(piece))
+        for batch in batches_of(opened, order, numbers, here):
             opened.teacher.model(batch.images)
 
     return ours, bare
+
+
+def large_teacher(folder: Path) -> Recipe:
+    """A ResNet-18 of 1,000 classes, with weights as they are drawn, on 64 px: k = 100, no labels."""
+    weights = folder / "resnet18.safetensors"
+    save_file(timm.create_model("resnet18").state_dict(), weights)
+    images = open_sample("train")
+    for number in range(LARGE_IMAGES):
+        images.read(number).save(folder / f"{number:05d}.png")
+    values = {"teacher.name": "resnet18", "teacher.weights": str(weights), "data.path": str(folder)}
+    values |= {"data.image_size": 64, "data.augment": "rrc", "store.top_k": 100, "store.shard_rows": 512}
+    return load(None, (), {path: ("benchmark", value) for path, value in values.items()}).recipe
 
 
 def training(recipe: Recipe, here: World) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -96,6 +117,8 @@ def main(teacher: str, store: str) -> None:
     flags = {"teacher.name": ("--teacher", teacher), "store.views": ("--views", 1)}
     with world(RuntimeConfig()) as here:
         print("teacher-logits / bare loop:", ratio(*capture(load("quickstart-student", (), flags).recipe, here)))
+        with tempfile.TemporaryDirectory() as folder:
+            print("  … of a ResNet-18, k = 100: ", ratio(*capture(large_teacher(Path(folder)), here)))
         stored = {"store.path": ("--store", store)}
         print("train step / bare step:    ", ratio(*training(load("quickstart-student", (), stored).recipe, here)))
     print("distill --help:            ", help_time([sys.executable, "-m", "distill_cli", "--help"]))

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from distill_cli.data import open_train
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.sources import Source, check_classes, fingerprint
-from distill_cli.data.views import DEFAULTS, View, checksum, resolve_view, train_transform
+from distill_cli.data.views import DEFAULTS, View, resolve_view, train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.locks import Claims
@@ -198,11 +198,11 @@ def _pass(
     left = 0
     for batch in batches_of(capture, order, numbers, world):
         if left == 0:
-            piece, probes = begun.popleft(), PROBES
+            piece = begun.popleft()
             left = order.batches(piece)
             mine.add(piece)
-        sink.put(piece, teach(capture, batch, world, probes))
-        probes, left = max(0, probes - len(batch)), left - 1
+        sink.put(piece, teach(capture, batch, world))
+        left -= 1
         if left == 0:
             sink.put(piece, None)
         progress.advance(len(batch) + len(batch.skipped))
@@ -238,6 +238,7 @@ def batches_of(capture: Capture, order: CaptureOrder, numbers: Iterator[int], wo
         order,
         drawn=capture.plan.drawn,
         skip_unreadable=capture.recipe.data.skip_unreadable,
+        probes=PROBES,
     )
     return load(batches, numbers, world.workers, world.device)
 
@@ -249,40 +250,30 @@ class Taught:
     rows: SparseLogits
     finite: Tensor
     """bool `[batch]`."""
-    images: Tensor
-    """Inputs for the checksums."""
-    sample_ids: NDArray[np.int64]
-    view: int
+    batch: Batch
+    """Of which they are; without its images."""
     copied: torch.cuda.Event | None
     """When it is past, the tensors are there."""
 
 
 @torch.inference_mode()
-def teach(capture: Capture, batch: Batch, world: World, probes: int = 0) -> Taught:
-    """The teacher's rows of a batch; where there is a GPU, without waiting for it.
-
-    Args:
-        probes: inputs to keep for the checksums.
-    """
+def teach(capture: Capture, batch: Batch, world: World) -> Taught:
+    """The teacher's rows of a batch; where there is a GPU, without waiting for it."""
     plan = capture.plan
-    if len(batch) == 0:
-        images = torch.empty(0, 3, capture.view.image_size, capture.view.image_size, device=world.device)
-        batch = Batch(images, batch.labels, batch.sample_ids, batch.view)
-        logits = torch.empty(0, plan.num_classes, device=world.device)
-    else:
+    logits = torch.empty(0, plan.num_classes, device=world.device)
+    if len(batch):
         with autocast(world.device, plan.precision):
             logits = capture.teacher.model(batch.images)
-        logits = logits.float()
-    rows = _rows(plan, logits, batch)
-    tensors = {"finite": logits.isfinite().all(dim=-1), "images": batch.images[:probes]}
+    logits = logits.float()
+    rows, finite = _rows(plan, logits, batch), logits.isfinite().all(dim=-1)
+    rest = replace(batch, images=torch.empty(0))
     if world.device.type == "cpu":
-        return Taught(rows, **tensors, sample_ids=batch.sample_ids, view=batch.view, copied=None)
-    host = {name: _to_host(tensor) for name, tensor in tensors.items()}
+        return Taught(rows, finite, rest, copied=None)
     parts = (rows.class_id, rows.log_prob, rows.log_tail, rows.count)
     rows = SparseLogits(*(None if part is None else _to_host(part) for part in parts))  # type: ignore[arg-type]
-    copied = torch.cuda.Event()
+    finite, copied = _to_host(finite), torch.cuda.Event()
     copied.record()
-    return Taught(rows, **host, sample_ids=batch.sample_ids, view=batch.view, copied=copied)
+    return Taught(rows, finite, rest, copied)
 
 
 def _rows(plan: Plan, logits: Tensor, batch: Batch) -> SparseLogits:
@@ -364,16 +355,16 @@ class _Sink:
         if taught.copied is not None:
             taught.copied.synchronize()
         if not taught.finite.all():
-            key = self.capture.source.keys[int(taught.sample_ids[~taught.finite.numpy()][0])]
+            key = self.capture.source.keys[int(taught.batch.sample_ids[~taught.finite.numpy()][0])]
             raise DistillError(
-                f"teacher {self.capture.teacher.name}: output for {key} (view {taught.view}) is not finite; "
+                f"teacher {self.capture.teacher.name}: output for {key} (view {taught.batch.view}) is not finite; "
                 "look at its weights, or use --precision fp32"
             )
         return taught
 
     def _write(self, piece: Piece, parts: Sequence[Taught]) -> None:
         rows = join(parts, self.capture.plan)
-        probes = [checksum(image) for taught in parts for image in taught.images]
+        probes = [crc for taught in parts for crc in taught.batch.probe_crc][:PROBES]
         self.writer.write(*piece, rows, np.array(probes, np.uint32))
         self.claims.release(number_of(self.capture.plan, piece))
         self.rows += len(rows)
@@ -386,7 +377,7 @@ def join(parts: Sequence[Taught], plan: Plan) -> Rows:
     ]
     class_id, log_prob, log_tail = map(np.concatenate, columns)
     count = np.concatenate([taught.rows.counts.numpy() for taught in parts]) if plan.form.ragged else None
-    return Rows(np.concatenate([taught.sample_ids for taught in parts]), class_id, log_prob, log_tail, count)
+    return Rows(np.concatenate([taught.batch.sample_ids for taught in parts]), class_id, log_prob, log_tail, count)
 
 
 def _check_rows(recipe: Recipe, k: int, num_classes: int) -> None:

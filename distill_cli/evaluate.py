@@ -125,6 +125,7 @@ def evaluate(recipe: Recipe, run: str | None, world: World, report: Report | Non
                 world,
                 opened.recipe.eval.precision,
                 progress,
+                sampled=opened.store.sampled,
             )
     end = time.monotonic()
     seen = (accuracy.images if accuracy else 0) + (agreement.rows if agreement else 0)

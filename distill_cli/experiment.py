@@ -216,13 +216,27 @@ def _order(recipe: Recipe, source: Source, store: Store | None, world: World) ->
 def _check_needs(objective: Objective, recipe: Recipe, source: Source, store: Store | None) -> None:
     assert recipe.objective is not None
     name = recipe.objective.name
-    temperature = getattr(recipe.objective, "temperature", 1)
-    if store is not None and store.sampled and "logits" in objective.needs and temperature != 1:
-        raise MismatchError(
-            f"objective.temperature: {temperature} asked, the rows of store {store} are sampled at temperature 1, "
-            "and are unbiased for no other; leave it at 1, or write a store without --sample"
-        )
+    if store is not None and store.sampled and "logits" in objective.needs:
+        _check_sampled(recipe, store)
     if "logits" in objective.needs and store is None:
         raise UsageError(f"objective {name}: learns from a store; give --store, or --objective supervised")
     if "labels" in objective.needs and source.labels is None:
         raise UsageError(f"objective {name}: learns from labels, which --data {recipe.data.path} has not; use tinyvit")
+
+
+def _check_sampled(recipe: Recipe, store: Store) -> None:
+    """
+    Raises:
+        MismatchError: the objective asks of sampled rows what they cannot tell.
+    """
+    temperature = getattr(recipe.objective, "temperature", 1)
+    if getattr(recipe.objective, "distillation", "soft") == "hard":
+        raise MismatchError(
+            f"objective.distillation: hard needs the teacher's most probable class, the rows of store {store} are "
+            'sampled; give objective.distillation="soft", or write a store without --sample'
+        )
+    if temperature != 1:
+        raise MismatchError(
+            f"objective.temperature: {temperature} asked, the rows of store {store} are sampled at temperature 1 "
+            "and unbiased for no other; leave it at 1, or write a store without --sample"
+        )

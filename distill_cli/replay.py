@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill_cli.data.sources import Source, check_classes, fingerprint
-from distill_cli.data.views import Transform, checksum
+from distill_cli.data.views import Transform
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved
 from distill_cli.software import versions
@@ -62,7 +62,7 @@ def prove_shard(store: Store, view: int, shard: int, source: Source, transform: 
     sample_ids = np.delete(plan.dealing.sample_ids(shard), opened.skipped)
     for sample_id, expected in zip(sample_ids.tolist(), opened.probe_crc.tolist(), strict=False):
         with preserved():
-            found = checksum(transform([source.read(sample_id)], seed, drawn, [sample_id])[0])
+            found = transform.draw([source.read(sample_id)], seed, drawn, [sample_id]).checksum(0)
         if found != expected:
             raise MismatchError(
                 f"store {store}: view {view} of {source.keys[sample_id]} does not replay to the pixels that "

@@ -156,7 +156,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
         start = start or time.monotonic()
     timed = parts[1:] or parts
     rows = join(parts, plan)
-    images_per_s = sum(len(part.sample_ids) for part in timed) / max(time.monotonic() - start, 1e-3)
+    images_per_s = sum(len(part.batch.sample_ids) for part in timed) / max(time.monotonic() - start, 1e-3)
     size = _bytes(plan, rows)
     half_k = _half_top_k(plan, rows, size)
     return Bill(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from objectives.dense import some
 from torch import Tensor, nn
 
 from distill_cli.data.loader import Batch
@@ -12,7 +13,7 @@ from distill_cli.distributed import World
 from distill_cli.errors import DistillError
 from distill_cli.metrics import Accuracy, Agreement, measure_accuracy, measure_agreement
 from distill_cli.report import Report
-from distill_cli.sparse import SparseLogits, top_k
+from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, top_k
 
 WORLD = World(torch.device("cpu"))
 
@@ -21,7 +22,7 @@ def batches(logits: Tensor, labels: Tensor, size: int, rows: SparseLogits | None
     """Batches whose images are the logits, for a model that gives back its input."""
     for start in range(0, len(logits), size):
         part = slice(start, start + size)
-        teacher = rows and SparseLogits(rows.class_id[part], rows.log_prob[part], rows.log_tail[part])
+        teacher = rows and some(rows, part)
         yield Batch(logits[part], labels[part], np.arange(len(logits))[part], view=0, teacher=teacher)
 
 
@@ -30,11 +31,11 @@ def accuracy(logits: Tensor, labels: Tensor, size: int = 1000) -> Accuracy:
         return measure_accuracy(nn.Identity(), batches(logits, labels, size), logits.shape[1], WORLD, "fp32", progress)
 
 
-def agreement(logits: Tensor, rows: SparseLogits, size: int = 1000) -> Agreement:
+def agreement(logits: Tensor, rows: SparseLogits, size: int = 1000, sampled: bool = False) -> Agreement:
     labels = torch.zeros(len(logits), dtype=torch.long)
     with Report(quiet=True).progress("", 0) as progress:
         return measure_agreement(
-            nn.Identity(), batches(logits, labels, size, rows), logits.shape[1], WORLD, "fp32", progress
+            nn.Identity(), batches(logits, labels, size, rows), logits.shape[1], WORLD, "fp32", progress, sampled
         )
 
 
@@ -129,3 +130,16 @@ def test_agreement_and_kl_are_those_of_the_dense_teacher(outcome: tuple[Tensor, 
 def test_a_student_that_is_its_teacher_agrees() -> None:
     logits = torch.randn(9, 6)
     assert agreement(logits, top_k(logits, 6)) == Agreement(agreement=100, kl=pytest.approx(0, abs=2e-6), rows=9)
+
+
+def test_a_student_of_the_same_head_and_a_uniform_tail_agrees_with_ragged_rows() -> None:
+    logits = torch.tensor([[3.0, 1.0, 0.0, 0.0, 0.0], [0.0, 5.0, 0.0, 0.0, 0.0]])
+    rows = keep_mass(top_k(logits, 4), 0.8, min_k=1)
+    assert rows.counts.tolist() == [2, 1]
+    assert agreement(logits, rows) == Agreement(agreement=100, kl=pytest.approx(0, abs=2e-6), rows=2)
+
+
+def test_sampled_rows_have_an_agreement_and_no_kl() -> None:
+    logits = torch.randn(9, 6)
+    rows = sample_tail(logits, 1, 4, torch.rand(9, dtype=torch.float64))
+    assert agreement(logits, rows, sampled=True) == Agreement(agreement=100, kl=None, rows=9)

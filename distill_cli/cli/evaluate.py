@@ -21,6 +21,7 @@ def command(
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Of --model: timm's own weights.")] = False,
     data: options.Data = None,
     store: options.StorePath = None,
+    trust: options.Trust = False,
     fail_below: Annotated[
         float | None, typer.Option("--fail-below", metavar="TOP1", help="Exit 5 if top1 (percent) is less.")
     ] = None,
@@ -49,6 +50,7 @@ def command(
             ("--pretrained", "student.pretrained", pretrained),
             ("--data", "data.path", data),
             ("--store", "store.path", store),
+            ("--trust", "store.trust", trust),
             ("--fail-below", "eval.fail_below", fail_below),
             ("--image-size", "data.image_size", image_size),
             ("--batch-size", "eval.batch_size", batch_size),

@@ -41,13 +41,23 @@ Teacher = Annotated[
         "--teacher", metavar="RUN|NAME", help="A finished run, or a timm name.", autocompletion=_complete_model
     ),
 ]
+TeacherWeights = Annotated[
+    str | None, typer.Option("--teacher-weights", metavar="FILE", help="safetensors or torch checkpoint.")
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Take timm's own weights.")]
+Shards = Annotated[
+    str | None, typer.Option("--shards", metavar="A:B", help="Write only these, counted from 0 through all views.")
+]
 Model = Annotated[
     str | None,
     typer.Option(
         "--model", metavar="NAME", help="Instead of a run: an alias or timm name.", autocompletion=_complete_model
     ),
 ]
-StorePath = Annotated[str | None, typer.Option("--store", metavar="STORE", help="A store of teacher logits.")]
+StorePath = Annotated[
+    str | None, typer.Option("--store", metavar="STORE", help="A store of teacher logits: a directory or a URL.")
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Read the store without looking at its checksums.")]
 StoreOut = Annotated[Path, typer.Option("--out", metavar="STORE", help="The store's directory.", show_default=False)]
 RunOut = Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's directory.", show_default=False)]
 ImageSize = Annotated[int | None, typer.Option("--image-size", metavar="PX", help="Side of the model's input.")]
@@ -67,13 +77,15 @@ def flags(*given: tuple[str, str, Any]) -> dict[str, tuple[str, Any]]:
     return {path: (flag, value) for flag, path, value in given if value is not None and value is not False}
 
 
-def parse_range(text: str, flag: str) -> tuple[int, int]:
-    """`A:B` as two numbers.
+def part(shards: str | None) -> tuple[int, int] | None:
+    """`--shards A:B` as two numbers.
 
     Raises:
         UsageError: it is not of this form.
     """
-    start, colon, stop = text.partition(":")
+    if shards is None:
+        return None
+    start, colon, stop = shards.partition(":")
     if not (colon and start.isdecimal() and stop.isdecimal()):
-        raise UsageError(f"{flag} {text}: not of the form A:B, as in 0:10")
+        raise UsageError(f"--shards {shards}: not of the form A:B, as in 0:10")
     return int(start), int(stop)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from distill_cli.cli import options
-from distill_cli.cli.options import flags, parse_range
+from distill_cli.cli.options import flags
 from distill_cli.cli.output import print_bill, print_result, report_for
 
 
@@ -13,10 +13,8 @@ def command(
     out: options.StoreOut,
     recipe: options.RecipeName = None,
     teacher: options.Teacher = None,
-    teacher_weights: Annotated[
-        str | None, typer.Option("--teacher-weights", metavar="FILE", help="safetensors or torch checkpoint.")
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Take timm's own weights.")] = False,
+    teacher_weights: options.TeacherWeights = None,
+    pretrained: options.Pretrained = False,
     data: options.Data = None,
     top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Classes kept of each row.")] = None,
     views: Annotated[int | None, typer.Option("--views", metavar="N", help="Augmented views of each sample.")] = None,
@@ -33,10 +31,7 @@ def command(
         str | None, typer.Option("--codec", metavar="exact|compact", help="How rows are kept: as float16, or small.")
     ] = None,
     shard_rows: Annotated[int | None, typer.Option("--shard-rows", metavar="N", help="Rows of one file.")] = None,
-    shards: Annotated[
-        str | None,
-        typer.Option("--shards", metavar="A:B", help="Write only these, counted from 0 through all views."),
-    ] = None,
+    shards: options.Shards = None,
     image_size: options.ImageSize = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
@@ -78,7 +73,7 @@ def command(
             ("--skip-unreadable", "data.skip_unreadable", skip_unreadable),
         ),
     )
-    part = None if shards is None else parse_range(shards, "--shards")
+    part = options.part(shards)
     with world(loaded.recipe.runtime) as here:
         report = report_for(here, quiet)
         if dry_run:

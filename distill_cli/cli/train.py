@@ -15,6 +15,7 @@ def command(
     student: options.Student = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's own weights.")] = False,
     store: options.StorePath = None,
+    trust: options.Trust = False,
     data: options.Data = None,
     objective: Annotated[
         str | None, typer.Option("--objective", metavar="NAME", help="supervised, tinyvit or deit.")
@@ -45,6 +46,7 @@ def command(
             ("--student", "student.name", student),
             ("--pretrained", "student.pretrained", pretrained),
             ("--store", "store.path", store),
+            ("--trust", "store.trust", trust),
             ("--data", "data.path", data),
             ("--objective", "objective.name", objective),
             ("--epochs", "train.epochs", epochs),

@@ -36,6 +36,8 @@ class Batch:
     teacher: SparseLogits | None = None
     skipped: tuple[str, ...] = ()
     """The messages of images that could not be decoded and are not in the batch."""
+    probe_crc: tuple[int, ...] = ()
+    """Checksums of its first images, where they were asked for."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -132,6 +134,8 @@ class Batches(Dataset["Batch | DistillError"]):
     """(seed, view) by which each view of a store is drawn, instead."""
     rows: Rows | None = None
     skip_unreadable: bool = False
+    probes: int = 0
+    """Images of each batch that are checksummed."""
 
     def __getitem__(self, number: int) -> Batch | DistillError:
         try:
@@ -152,8 +156,13 @@ class Batches(Dataset["Batch | DistillError"]):
                 continue
             ids.append(sample_id)
         seed, drawn = self.drawn[view] if self.drawn else (self.seed, view)
-        with preserved():
-            inputs = self.transform(images, seed, drawn, ids) if images else torch.empty(0)
+        inputs = torch.empty(0)
+        probe_crc: tuple[int, ...] = ()
+        if images:
+            with preserved():
+                pixels = self.transform.draw(images, seed, drawn, ids)
+            inputs = self.transform.inputs(pixels)
+            probe_crc = tuple(map(pixels.checksum, range(min(self.probes, len(images)))))
         sample_ids = np.array(ids, np.int64)
         labels = np.full(len(ids), -1) if self.source.labels is None else self.source.labels[sample_ids]
         return Batch(
@@ -163,6 +172,7 @@ class Batches(Dataset["Batch | DistillError"]):
             view=view,
             teacher=self.rows(view, sample_ids) if self.rows else None,
             skipped=tuple(skipped),
+            probe_crc=probe_crc,
         )
 
 

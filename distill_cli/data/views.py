@@ -6,6 +6,7 @@ vendored transforms, which misses those that draw elsewhere; FKD stores crop box
 """
 
 import random
+import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -130,32 +131,81 @@ def said(config: DataConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A box of noise in place of an image's pixels."""
+
+    top: int
+    left: int
+    noise: Tensor
+    """float32 `[3, height, width]`, in normalised units."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a view makes of some samples, before the arithmetic that follows: the same bytes on every device."""
+
+    images: Tensor
+    """uint8 `[batch, 3, size, size]`."""
+    boxes: tuple[Box | None, ...]
+    """What is erased of each."""
+
+    def checksum(self, place: int) -> int:
+        """The CRC-32 of an image's bytes and, where it is erased, of top, left, height, width (int32) and the noise."""
+        crc, box = zlib.crc32(self.images[place].numpy().tobytes()), self.boxes[place]
+        if box is None:
+            return crc
+        crc = zlib.crc32(struct.pack("<4i", box.top, box.left, *box.noise.shape[1:]), crc)
+        return zlib.crc32(box.noise.numpy().astype("<f4", copy=False).tobytes(), crc)
+
+
+@dataclass(frozen=True)
 class Transform:
-    """What makes a model's inputs of images: pixels one by one, then the arithmetic of the whole batch."""
+    """What makes a model's inputs of images: what is drawn, image by image, then the arithmetic of the whole batch."""
 
     pixels: Callable[[Image.Image], Tensor]
     """RGB image -> uint8 `[3, size, size]`."""
     mean: Colour
     std: Colour
     erase: Callable[[Tensor], Tensor] | None = None
-    """Normalised `[3, size, size]` -> the same, perhaps with a box of noise."""
+    """timm's RandomErasing, in place."""
 
     def __call__(self, images: Sequence[Image.Image], seed: int, view: int, sample_ids: Sequence[int]) -> Tensor:
         """The inputs that view number `view` makes of some samples: float32 `[batch, 3, size, size]`, normalised.
 
         Each depends on (seed, view, sample id) alone. The generators are left seeded.
         """
-        pixels = []
+        return self.inputs(self.draw(images, seed, view, sample_ids))
+
+    def draw(self, images: Sequence[Image.Image], seed: int, view: int, sample_ids: Sequence[int]) -> Pixels:
+        """What is drawn for some samples; the rest is arithmetic."""
+        pixels, boxes = [], []
         for image, sample_id in zip(images, sample_ids, strict=True):
             seed_everything(derive("view", seed, view, sample_id))
             pixels.append(self.pixels(image))
+            boxes.append(self._box(pixels[-1].shape, derive("erase", seed, view, sample_id)))
+        return Pixels(torch.stack(pixels), tuple(boxes))
+
+    def inputs(self, pixels: Pixels) -> Tensor:
+        """float32 `[batch, 3, size, size]`, normalised, with what is erased."""
         mean, std = (torch.tensor(colour).view(3, 1, 1) for colour in (self.mean, self.std))
-        inputs = torch.stack(pixels).float().div_(255).sub_(mean).div_(std)
-        if self.erase is not None:
-            for place, sample_id in enumerate(sample_ids):
-                seed_everything(derive("erase", seed, view, sample_id))
-                inputs[place] = self.erase(inputs[place])
+        inputs = pixels.images.float().div_(255).sub_(mean).div_(std)
+        for place, box in enumerate(pixels.boxes):
+            if box is not None:
+                height, width = box.noise.shape[1:]
+                inputs[place, :, box.top : box.top + height, box.left : box.left + width] = box.noise
         return inputs
+
+    def _box(self, shape: torch.Size, number: int) -> Box | None:
+        if self.erase is None:
+            return None
+        seed_everything(number)
+        # timm draws box and noise while it fills them in: so it fills a canvas that is not a number elsewhere.
+        canvas = self.erase(torch.full(shape, torch.nan))
+        rows, columns = (~canvas[0].isnan()).nonzero().T
+        if len(rows) == 0:
+            return None
+        top, left = int(rows[0]), int(columns[0])
+        return Box(top, left, canvas[:, top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].clone())
 
 
 class PadCrop:
@@ -203,8 +253,3 @@ def train_transform(view: View) -> Transform:
         pixels.transforms[0] = PadCrop(view.image_size, view.padding, view.interpolation)
     erase = RandomErasing(view.reprob, mode="pixel", device="cpu") if view.reprob else None
     return Transform(pixels, view.mean, view.std, erase)
-
-
-def checksum(image: Tensor) -> int:
-    """The CRC-32 of an input's little-endian float32 bytes, by which a store proves its replay."""
-    return zlib.crc32(image.contiguous().numpy().astype("<f4", copy=False).tobytes())

@@ -9,11 +9,15 @@ from pathlib import Path
 from distill_cli.store.config import StoreConfig
 from distill_cli.store.place import Folder, Place
 from distill_cli.store.reader import Store
+from distill_cli.store.remote import Remote
 
 
 def open_place(path: str, config: StoreConfig | None = None) -> Place:
     """Where the store at a path or URL lies."""
-    return Folder(Path(path))
+    if "://" not in path:
+        return Folder(Path(path))
+    cache, size = (config.cache, config.cache_gb) if config else (None, None)
+    return Remote(path, None if cache is None else Path(cache), None if size is None else size * 1e9)
 
 
 def open_store(config: StoreConfig) -> Store | None:

@@ -1,6 +1,7 @@
 """How samples are dealt to shards: a fixed permutation that is computed, neither stored nor searched."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,8 @@ ROUNDS = 4
 class Dealing:
     """How samples are dealt to shards: a fixed permutation gives each sample its place; shards are runs of places.
 
-    The permutation is a Feistel network of four rounds over the smallest 2^(2h) >= samples, walked until it falls
-    below `samples`. It looks random to any listing, sorted by class or periodic, so that each shard is a fair sample,
+    The permutation is a Feistel network of four rounds over the smallest 2^b >= samples, walked until it falls below
+    `samples`. It looks random to any listing, sorted by class or periodic, so that each shard is a fair sample,
     and either direction is arithmetic: nothing has to be stored or searched.
     """
 
@@ -33,27 +34,48 @@ class Dealing:
         return self._walk(np.array(self.places(shard), np.int64), range(ROUNDS - 1, -1, -1))
 
     def _walk(self, numbers: NDArray[np.int64], rounds: range) -> NDArray[np.int64]:
-        forward = rounds.step > 0
-        out = self._permute(numbers.astype(np.uint64), rounds, forward)
-        while (outside := out >= self.samples).any():
-            out[outside] = self._permute(out[outside], rounds, forward)
-        return out.astype(np.int64)
+        out = self._permute(numbers.astype(np.int64), rounds)
+        outside = np.flatnonzero(out >= self.samples)
+        while len(outside):
+            out[outside] = again = self._permute(out[outside], rounds)
+            outside = outside[again >= self.samples]
+        return out
 
-    def _permute(self, numbers: NDArray[np.uint64], rounds: range, forward: bool) -> NDArray[np.uint64]:
-        half = np.uint64(max(1, -(-(self.samples - 1).bit_length() // 2)))
-        mask = (np.uint64(1) << half) - np.uint64(1)
-        left, right = (numbers >> half) & mask, numbers & mask
+    def _permute(self, numbers: NDArray[np.int64], rounds: range) -> NDArray[np.int64]:
+        low = self._widths[1]
+        left, right = numbers >> low, numbers & (1 << low) - 1
         for number in rounds:
-            if forward:
-                left, right = right, left ^ (_scramble(right, number) & mask)
+            if rounds.step > 0:
+                left, right = right, left ^ self._function(right, number)
             else:
-                left, right = right ^ (_scramble(left, number) & mask), left
-        return (left << half) | right
+                left, right = right ^ self._function(left, number), left
+        return (left << low) | right
+
+    @cached_property
+    def _widths(self) -> tuple[int, int]:
+        """Bits of the left and of the right half."""
+        bits = max(2, (self.samples - 1).bit_length())
+        return bits // 2, bits - bits // 2
+
+    def _function(self, values: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+        """The round function, from a table of all its values where that is small: up to 2^32 samples, 2 MiB."""
+        if self._widths[1] > 16:
+            return self._value(values, number)
+        found: NDArray[np.int64] = self._table[number].take(values)
+        return found
+
+    @cached_property
+    def _table(self) -> NDArray[np.int64]:
+        return np.stack([self._value(np.arange(1 << self._widths[1]), number) for number in range(ROUNDS)])
+
+    def _value(self, values: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+        # The halves take turns: in even rounds it is the left one that is changed.
+        return _scramble(values, number) & (1 << self._widths[number % 2]) - 1
 
 
-def _scramble(values: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
+def _scramble(numbers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
     """The finaliser of SplitMix64, modulo 2^64, of `value + (number + 1) * 0x9E3779B97F4A7C15`."""
-    values = values + np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    values = numbers.astype(np.uint64) + np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return (values ^ (values >> np.uint64(31))).view(np.int64)

@@ -1,5 +1,6 @@
 """The manifest of a generation: written last, its presence means that every shard of the plan is there."""
 
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from distill_cli.files import canonical_json, sha256
 from distill_cli.store.place import Place
 from distill_cli.store.plan import FORMAT, VERSION, Generation, is_count, parse
 
+SHA256 = re.compile("[0-9a-f]{64}")
 ADVICE = "restore it from a copy, or delete it and run teacher-logits again"
 
 
@@ -94,8 +96,8 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     values = {name: value for name, value in values.items() if name not in ("rows", "bytes", "sha256")}
     entries = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
     for entry in entries:
-        if not (is_count(entry.rows, 0, entry.bytes) and is_count(entry.bytes) and isinstance(entry.sha256, str)):
-            raise ValueError(f"{entry.path} has {entry.rows!r} rows in {entry.bytes!r} bytes")
+        if not (is_count(entry.bytes) and is_count(entry.rows, 0, entry.bytes) and SHA256.fullmatch(entry.sha256)):
+            raise ValueError(f"{entry.path} has {entry.rows!r} rows in {entry.bytes!r} bytes, sha256 {entry.sha256!r}")
     skipped = tuple(values.pop("skipped"))
     if not all(is_count(sample_id) for sample_id in skipped):
         raise ValueError("skipped is not a list of sample ids")

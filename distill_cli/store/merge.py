@@ -12,9 +12,9 @@ from distill_cli.locks import locked
 from distill_cli.report import Report
 from distill_cli.store.derived import begin, complete, finish, one_behind_the_other
 from distill_cli.store.manifest import Manifest, read_manifest
-from distill_cli.store.place import Folder
+from distill_cli.store.place import ADVICE, Folder
 from distill_cli.store.plan import Generation, Plan, read_generations, store_id
-from distill_cli.store.shard import ADVICE, check_rows, open_shard
+from distill_cli.store.shard import check_rows, open_shard
 from distill_cli.store.writer import check_payload
 
 AGREE = ("teacher.", "data.", "samples: ", "transform.")
@@ -102,7 +102,9 @@ def merge(stores: Sequence[Path], out: Path, report: Report | None = None) -> Me
         with report.progress("merge", total, unit="shards") as progress:
             for writer in writers:
                 own = Part(out, writer.generation, None)
-                sources = [part for store in parts for part in store if part.generation.plan == writer.plan]
+                sources = [
+                    part for store in parts for part in store if part.generation.plan.sha256 == writer.plan.sha256
+                ]
                 for place in writer.plan.every_shard():
                     how = _join(own, sources, *place)
                     missing += how == "missing"
@@ -188,7 +190,7 @@ def _check_agreement(parts: Sequence[Sequence[Part]]) -> None:
             )
         for seed, view in part.generation.plan.drawn:
             other = drawn.setdefault((seed, view), part)
-            if other.generation.plan != part.generation.plan:
+            if other.generation.plan.sha256 != part.generation.plan.sha256:
                 raise MismatchError(
                     f"{part.path}: draws view {view} of seed {seed}, as {other.path} does under another plan "
                     f"({'; '.join(other.generation.plan.differences(part.generation.plan))}); "

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Protocol
 
+ADVICE = 'run "distill store verify --repair" on the store, then the same "distill teacher-logits" command again'
+
 
 class Place(Protocol):
     """A store's files by their names relative to it. Pickles, so that spawned loader workers can have it."""
@@ -16,12 +18,17 @@ class Place(Protocol):
         """
         ...
 
-    def file(self, name: str) -> Path:
-        """A local file with the content of `name`; it may not be there.
+    def file(self, name: str, sha256: str) -> Path:
+        """A local file with the content of `name`, which should have this sha256.
 
         Raises:
             FileNotFoundError: there is no such file.
         """
+        ...
+
+    @property
+    def advice(self) -> str:
+        """What to do about a damaged shard."""
         ...
 
     def __str__(self) -> str:
@@ -41,8 +48,12 @@ class Folder:
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
-    def file(self, name: str) -> Path:
+    def file(self, name: str, sha256: str) -> Path:
         return self.path / name
+
+    @property
+    def advice(self) -> str:
+        return ADVICE
 
     def __str__(self) -> str:
         return str(self.path)

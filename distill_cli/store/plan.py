@@ -10,7 +10,7 @@ The sha256 of a plan's bytes stands in each of its shards.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -117,6 +117,9 @@ class Plan:
         return sorted(_differences(asdict(self), asdict(other)))
 
 
+FIELDS = frozenset(item.name for item in fields(Plan))
+
+
 @dataclass(frozen=True)
 class Generation:
     """The views of a store that were captured under one plan."""
@@ -185,14 +188,18 @@ def read_plan(place: Place, number: int = 0) -> Plan:
             f'{place}: no {name}; this is not a store; "distill teacher-logits --out {place}" makes one'
         ) from None
     values = parse(content, where)
+    if unknown := sorted(values.keys() - FIELDS):
+        raise MismatchError(f"{where}: says {unknown[0]}, which this program does not know; update distill")
     try:
         plan = Plan(**values)
         _check_values(plan)
-        text = plan.text
+        text = canonical_json(values, indent=2) + "\n"
     except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise DamagedError(f"{where}: not a plan ({error}); restore it from a copy") from error
     if text.encode() != content:
         raise DamagedError(f"{where}: was edited by hand; restore it from a copy")
+    # Its hash is of these bytes, also where they lack a field that has come since.
+    vars(plan)["text"] = text
     return plan
 
 

@@ -16,7 +16,7 @@ from distill_cli.store.manifest import Manifest, ShardEntry, read_manifest
 from distill_cli.store.place import Folder, Place
 from distill_cli.store.plan import Generation, Plan, read_generations, store_id
 from distill_cli.store.rows import Rows
-from distill_cli.store.shard import ADVICE, Shard, check_rows, open_shard
+from distill_cli.store.shard import Shard, check_rows, open_shard
 
 OPEN_SHARDS = 256
 """Memory maps held at once: each holds a file descriptor, of which a process may commonly have 1,024."""
@@ -133,7 +133,7 @@ class Store:
         try:
             taken = CODECS[plan.codec].take(parts, plan.form)
         except ValueError as error:
-            raise DamagedError(f"{self}: view {view}: {error}; {ADVICE}") from error
+            raise DamagedError(f"{self}: view {view}: {error}; {self.place.advice}") from error
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         class_id, log_prob, log_tail, count = taken
@@ -162,7 +162,7 @@ class Store:
         path = self._file(entry)
         known = self.trust or entry.path in self._verified
         if not known and sha256_file(path) != entry.sha256:
-            raise DamagedError(f"{path}: its sha256 is not the manifest's; {ADVICE}")
+            raise DamagedError(f"{path}: its sha256 is not the manifest's; {self.place.advice}")
         opened = open_shard(path, generation.plan, within, shard)
         if not known:
             check_rows(path, opened, generation.plan, shard)
@@ -176,14 +176,14 @@ class Store:
 
     def _file(self, entry: ShardEntry) -> Path:
         try:
-            path = self.place.file(entry.path)
+            path = self.place.file(entry.path, entry.sha256)
             if path.stat().st_size == entry.bytes:
                 return path
         except FileNotFoundError:
             raise DamagedError(
                 f'{self.place}/{entry.path}: missing; run the same "distill teacher-logits" command again'
             ) from None
-        raise DamagedError(f"{path}: its size is not the manifest's; {ADVICE}")
+        raise DamagedError(f"{path}: its size is not the manifest's; {self.place.advice}")
 
 
 def _unfinished(place: Place, generation: Generation) -> DamagedError | BusyError:

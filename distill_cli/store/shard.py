@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 from distill_cli.errors import DamagedError
 from distill_cli.files import canonical_json, sha256
 from distill_cli.store.codecs import CODECS
+from distill_cli.store.place import ADVICE
 from distill_cli.store.plan import FORMAT, PROBES, VERSION, Plan, is_count, parse
 from distill_cli.store.rows import Rows
 
 HEADER_BYTES = 1024
 ALIGNMENT = 8
-ADVICE = 'run "distill store verify --repair" on the store, then the same "distill teacher-logits" command again'
 DTYPES = {name: np.dtype(name) for name in ("<u2", "<u4", "<u8", "<i4", "<f2", "<f4", "|u1", "|i1")}
 """What an array of a shard can be."""
 EXTRAS = {"seed": ("<i4", 1), "correction": ("|i1", 2)}

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from distill_cli.errors import DamagedError, MismatchError
 from distill_cli.files import remove_temporaries, sha256, sha256_file, write_atomic
 from distill_cli.store.manifest import Manifest, ShardEntry, read_manifest
-from distill_cli.store.place import Folder
+from distill_cli.store.place import ADVICE, Folder
 from distill_cli.store.plan import Generation, Plan, read_plan
 from distill_cli.store.rows import Rows
-from distill_cli.store.shard import ADVICE, HEADER_BYTES, Header, encode, open_shard, read_header
+from distill_cli.store.shard import HEADER_BYTES, Header, encode, open_shard, read_header
 
 Hits = tuple[int | None, int | None]
 """Rows whose label is the first class, and among the first five; None where that is not known."""
@@ -121,7 +121,8 @@ class StoreWriter:
         return entry, opened.header, skipped
 
     def _hits(self, rows: Rows) -> Hits:
-        if self.labels is None:
+        """Rows whose label is the first class, and among the first five; None where rows do not tell."""
+        if self.labels is None or self.plan.top_k == 0:
             return None, None
         hits = rows.class_id[:, :5] == self.labels[rows.sample_id.astype(np.int64)][:, None]
         if rows.count is not None:

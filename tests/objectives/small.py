@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import timm
 import torch
-from torch import nn
+from dense import some
+from torch import Tensor, nn
 
 from distill_cli.data.loader import Batch
-from distill_cli.sparse import SparseLogits, top_k
+from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, top_k
 
 CLASSES = 5
+KINDS = ("fixed", "ragged", "sampled")
+"""Of rows: three classes each; two to four; two and the classes of four draws."""
 
 
 def make_student(seed: int = 0) -> nn.Module:
@@ -26,21 +29,30 @@ def make_student(seed: int = 0) -> nn.Module:
     )
 
 
-def make_batch(size: int = 8, seed: int = 1) -> Batch:
-    """Noise, labels, and rows of three classes."""
+def make_batch(size: int = 8, seed: int = 1, kind: str = "fixed") -> Batch:
+    """Noise, labels, and rows of a kind."""
     generator = torch.Generator().manual_seed(seed)
     return Batch(
         images=torch.randn(size, 3, 28, 28, generator=generator),
         labels=torch.randint(CLASSES, (size,), generator=generator),
         sample_ids=torch.arange(size).numpy(),
         view=0,
-        teacher=top_k(3 * torch.randn(size, CLASSES, generator=generator), 3),
+        teacher=make_rows(3 * torch.randn(size, CLASSES, generator=generator), kind),
     )
+
+
+def make_rows(logits: Tensor, kind: str = "fixed") -> SparseLogits:
+    if kind == "ragged":
+        return keep_mass(top_k(logits, 4), 0.9, min_k=2)
+    if kind == "sampled":
+        uniform = torch.linspace(0, 0.99, len(logits), dtype=torch.float64)
+        return sample_tail(logits, 2, 4, uniform)
+    return top_k(logits, 3)
 
 
 def part(batch: Batch, start: int, stop: int) -> Batch:
     """Some samples of a batch."""
     assert batch.teacher is not None
-    rows = SparseLogits(*(tensor[start:stop] for tensor in vars(batch.teacher).values()))
     images, labels, ids = (values[start:stop] for values in (batch.images, batch.labels, batch.sample_ids))
+    rows = some(batch.teacher, slice(start, stop))
     return replace(batch, images=images, labels=labels, sample_ids=ids, teacher=rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from small import CLASSES, make_batch, make_student, part
+from small import CLASSES, KINDS, make_batch, make_student, part
 from torch import Tensor
 
 from distill_cli.data.loader import Batch
@@ -25,6 +25,7 @@ CASES: dict[str, ObjectiveConfig] = {
     "deit-soft": DeiTConfig(distillation="soft", temperature=2.0),
 }
 every_objective = pytest.mark.parametrize("case", CASES)
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def make(case: str, seed: int = 0) -> Objective:
@@ -57,8 +58,9 @@ def test_every_objective_is_a_case() -> None:
 
 
 @every_objective
-def test_the_losses_are_finite_scalars_and_the_parts_detached(case: str) -> None:
-    losses = make(case)(make_batch())
+@every_kind
+def test_the_losses_are_finite_scalars_and_the_parts_detached(case: str, kind: str) -> None:
+    losses = make(case)(make_batch(kind=kind))
     assert losses.parts
     for loss in (losses.total, *losses.parts.values()):
         assert loss.shape == ()
@@ -67,9 +69,10 @@ def test_the_losses_are_finite_scalars_and_the_parts_detached(case: str) -> None
 
 
 @every_objective
-def test_a_gradient_reaches_everything_that_is_trained_and_nothing_else(case: str) -> None:
+@every_kind
+def test_a_gradient_reaches_everything_that_is_trained_and_nothing_else(case: str, kind: str) -> None:
     objective = make(case)
-    objective(make_batch()).total.backward()
+    objective(make_batch(kind=kind)).total.backward()
     reached = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
     assert reached == {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
     assert reached >= {f"student.{name}" for name, _ in objective.student.named_parameters()}
@@ -77,13 +80,15 @@ def test_a_gradient_reaches_everything_that_is_trained_and_nothing_else(case: st
 
 
 @every_objective
-def test_no_gradient_reaches_the_teacher(case: str) -> None:
-    batch = make_batch()
+@every_kind
+def test_no_gradient_reaches_the_teacher(case: str, kind: str) -> None:
+    batch = make_batch(kind=kind)
     assert batch.teacher is not None
     rows = SparseLogits(
         batch.teacher.class_id,
         batch.teacher.log_prob.requires_grad_(),
         batch.teacher.log_tail.requires_grad_(),
+        batch.teacher.count,
     )
     make(case)(replace(batch, teacher=rows)).total.backward()
     assert rows.log_prob.grad is None
@@ -91,8 +96,9 @@ def test_no_gradient_reaches_the_teacher(case: str) -> None:
 
 
 @every_objective
-def test_accumulating_two_halves_is_one_batch(case: str) -> None:
-    objective, batch = make(case), make_batch()
+@every_kind
+def test_accumulating_two_halves_is_one_batch(case: str, kind: str) -> None:
+    objective, batch = make(case), make_batch(kind=kind)
     whole = gradients(objective, batch)
     halves = gradients(objective, part(batch, 0, 4), part(batch, 4, 8))
     torch.testing.assert_close(halves, whole, rtol=1e-6, atol=1e-6)
@@ -140,14 +146,14 @@ def test_a_class_that_the_student_does_not_have_fails_loudly(case: str, need: st
         objective(beyond[need])
 
 
-def two_steps(case: str, world: World) -> dict[str, Tensor]:
-    """The weights after two steps on this rank's half, or on all where there is one rank."""
+def a_few_steps(case: str, world: World) -> dict[str, Tensor]:
+    """The weights after a step on each kind of rows: on this rank's half, or on all where there is one rank."""
     objective = make(case)
     model = world.wrap(objective)
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     share = 8 // world.size
-    for seed in (1, 2):
-        batch = part(make_batch(seed=seed), world.rank * share, (world.rank + 1) * share)
+    for kind in KINDS:
+        batch = part(make_batch(kind=kind), world.rank * share, (world.rank + 1) * share)
         optimizer.zero_grad()
         model(batch).total.backward()
         optimizer.step()
@@ -157,14 +163,14 @@ def two_steps(case: str, world: World) -> dict[str, Tensor]:
 def work_as_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    weights = {case: two_steps(case, World(torch.device("cpu"), rank, 2)) for case in CASES}
+    weights = {case: a_few_steps(case, World(torch.device("cpu"), rank, 2)) for case in CASES}
     torch.save(weights, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
-    """By rank and case, the weights after two steps of two processes."""
+    """By rank and case, the weights after a few steps of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     # A fork has torch and timm imported already; where CUDA is, autograd has threads that a fork would lose.
     method = "spawn" if torch.cuda.is_available() else "fork"
@@ -174,6 +180,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
 
 @every_objective
 def test_two_ranks_are_one_process(case: str, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
-    alone = two_steps(case, World(torch.device("cpu")))
+    alone = a_few_steps(case, World(torch.device("cpu")))
     for rank in ranks:
         torch.testing.assert_close(rank[case], alone, rtol=1e-5, atol=1e-6)
