@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from distill_cli.data import open_train
 from distill_cli.data.sources import Source, check_classes, fingerprint
 from distill_cli.data.sources import num_classes as classes_of
-from distill_cli.data.views import DataConfig
+from distill_cli.data.views import IMPORTED, DataConfig
 from distill_cli.errors import DamagedError, MismatchError, UsageError
 from distill_cli.files import sha256
 from distill_cli.locks import locked
@@ -331,7 +331,7 @@ def _plan(run: Sequence[Epoch], teacher: dict[str, Any], source: Source, recipe:
     return Plan(
         teacher=teacher,
         data=fingerprint(source),
-        transform={"augment": "tinyvit"},
+        transform={"augment": IMPORTED},
         samples=len(source),
         views=len(run),
         first_view=run[0].number,

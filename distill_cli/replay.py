@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill_cli.data.sources import Source, check_classes, fingerprint
-from distill_cli.data.views import Transform
+from distill_cli.data.views import Transform, check_replayable
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved
 from distill_cli.software import versions
@@ -21,11 +21,7 @@ def check_data(store: Store, source: Source) -> None:
             imported, and its views cannot be made of any images here.
     """
     plan = store.plan
-    if plan.transform.get("augment") == "tinyvit":
-        raise MismatchError(
-            f"store {store}: was imported; its views are drawn by TinyViT's own code, and cannot be replayed here; "
-            'write a store with "distill teacher-logits", or give it back by "distill store export tinyvit"'
-        )
+    check_replayable(f"store {store}", plan.transform)
     classes = plan.teacher["classes"]
     check_classes(source, f"store {store}", plan.num_classes, classes and tuple(classes))
     advice = "give the data that the store was written from"

@@ -119,7 +119,9 @@ def test_an_imported_store_is_not_trained_from(
     out = tmp_path / "store"
     assert distill("store", "import", "tinyvit", saved, "--data", folder, "--out", out, "--quiet").code == 0
     train = ("train", *DISTIL, "--store", out, "--data", folder, "--out", tmp_path / "run")
-    for command in (train, ("eval", run.path, "--data", folder, "--store", out, "--workers", "0")):
+    evaluate = ("eval", run.path, "--data", folder, "--store", out, "--workers", "0")
+    extend = ("store", "extend", out, "--views", "9", "--teacher", run.path, "--data", folder)
+    for command in (train, evaluate, extend):
         assert refused(3, *command) == (
             f"store {out}: was imported; its views are drawn by TinyViT's own code, and cannot be replayed here; "
             'write a store with "distill teacher-logits", or give it back by "distill store export tinyvit"'
