@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from distill_cli.capture import open_capture
-from distill_cli.data.views import stored_view
+from distill_cli.data.views import check_replayable, stored_view
 from distill_cli.distributed import World
 from distill_cli.errors import DamagedError, MismatchError, UsageError
 from distill_cli.recipe import Recipe, update
@@ -45,6 +45,7 @@ def extend(
     report, start = report or Report(), time.monotonic()
     generation = _next(store, views)
     before = generation.plan
+    check_replayable(f"store {store}", before.transform)
     capture = open_capture(_as_before(recipe, before), world, report)
     plan = capture.plan
     differing = [line for line in before.differences(plan) if not line.startswith(OF_A_GENERATION)]

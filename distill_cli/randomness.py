@@ -5,25 +5,15 @@ whatever dropout a step draws, is the same again in another process, batch, orde
 """
 
 import contextlib
-import hashlib
 import random
-import struct
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from distill_cli.derive import derive
 
-def derive(purpose: str, *parts: int) -> int:
-    """A 63-bit number that depends on a purpose and on every part: BLAKE2b of 8-byte words, personalised.
-
-    Args:
-        purpose: at most 16 bytes; two purposes never share their numbers.
-        parts: 0 to 2^64 - 1.
-    """
-    words = struct.pack(f"<{len(parts)}Q", *parts)
-    digest = hashlib.blake2b(words, digest_size=8, person=purpose.encode()).digest()
-    return int.from_bytes(digest, "little") >> 1
+__all__ = ["derive", "preserved", "seed_everything"]
 
 
 def seed_everything(number: int) -> None:

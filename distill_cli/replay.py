@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill_cli.data.sources import Source, check_classes, fingerprint
-from distill_cli.data.views import Transform
+from distill_cli.data.views import Transform, check_replayable
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved
 from distill_cli.software import versions
@@ -17,9 +17,11 @@ def check_data(store: Store, source: Source) -> None:
     """Refuse images that are not the ones a store was written from.
 
     Raises:
-        MismatchError: other classes, another number of images, other names or other labels.
+        MismatchError: other classes, another number of images, other names or other labels; or the store was
+            imported, and its views cannot be made of any images here.
     """
     plan = store.plan
+    check_replayable(f"store {store}", plan.transform)
     classes = plan.teacher["classes"]
     check_classes(source, f"store {store}", plan.num_classes, classes and tuple(classes))
     advice = "give the data that the store was written from"

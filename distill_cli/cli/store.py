@@ -161,3 +161,133 @@ def extend(
         summary = extend(loaded.recipe, Path(store), views, here, report_for(here, quiet), options.part(shards))
         if here.is_main:
             print_result(summary, as_json)
+
+
+imports = typer.Typer(help="Make a store of what other programs have saved.", no_args_is_help=True)
+exports = typer.Typer(help="Write a store as the files of other programs.", no_args_is_help=True)
+app.add_typer(imports, name="import")
+app.add_typer(exports, name="export")
+
+NewStore = Annotated[Path, typer.Option("--out", metavar="NEW", help="The new store's directory.", show_default=False)]
+Codec = Annotated[
+    str | None, typer.Option("--codec", metavar="exact|compact", help="How rows are kept: as float16, or small.")
+]
+Bits = Annotated[int | None, typer.Option("--bits", metavar="B", help="Of a value, with the codec compact; 4 to 12.")]
+
+
+@app.command("merge")
+def merge(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="The stores' directories.")],
+    out: NewStore,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Join shards, or views, that were captured apart; shards are linked where possible."""
+    from distill_cli.report import Report
+    from distill_cli.store.merge import merge
+
+    print_result(merge(stores, out, Report(quiet)), as_json)
+
+
+@app.command("trim")
+def trim(
+    store: Store,
+    out: NewStore,
+    top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Classes to keep of each row.")] = None,
+    views: Annotated[int | None, typer.Option("--views", metavar="N", help="Views to keep, from the first.")] = None,
+    codec: Codec = None,
+    bits: Bits = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a store of fewer classes or views of another, or by another codec."""
+    from distill_cli.report import Report
+    from distill_cli.store import open_place
+    from distill_cli.store.reader import Store
+    from distill_cli.store.trim import trim
+
+    print_result(trim(Store(open_place(store)), out, top_k, views, codec, bits, Report(quiet)), as_json)
+
+
+@imports.command("tinyvit")
+def import_tinyvit(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where its logits_top{K}_epoch{E} folders are.")],
+    data: options.Data,
+    out: NewStore,
+    teacher: Annotated[str, typer.Option("--teacher", metavar="NAME", help="What the plan calls it.")] = "tinyvit",
+    num_classes: Annotated[
+        int | None, typer.Option("--num-classes", metavar="C", help="Of the teacher; by default the data's.")
+    ] = None,
+    keys: Annotated[
+        str, typer.Option("--keys", metavar="auto|index|stem", help="How samples are named in the files.")
+    ] = "auto",
+    codec: Codec = None,
+    bits: Bits = None,
+    shard_rows: Annotated[int | None, typer.Option("--shard-rows", metavar="N", help="Rows of one file.")] = None,
+    sets: options.Sets = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a store of the logits that TinyViT's own code saved."""
+    from distill_cli.import_tinyvit import import_tinyvit
+    from distill_cli.recipe import load
+    from distill_cli.report import Report
+
+    recipe = load(
+        None,
+        sets or (),
+        flags(
+            ("--data", "data.path", data),
+            ("--codec", "store.codec", codec),
+            ("--bits", "store.bits", bits),
+            ("--shard-rows", "store.shard_rows", shard_rows),
+        ),
+    ).recipe
+    print_result(import_tinyvit(folder, recipe, out, teacher, num_classes, keys, Report(quiet)), as_json)
+
+
+@exports.command("tinyvit")
+def export_tinyvit(
+    store: Store,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="For a folder of each view.", show_default=False)],
+    keys: Annotated[
+        str, typer.Option("--keys", metavar="index|stem", help="How to name samples; stem needs --data.")
+    ] = "index",
+    data: options.Data = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write the files that TinyViT's own code reads."""
+    from distill_cli.report import Report
+    from distill_cli.store import open_place
+    from distill_cli.store.export_tinyvit import export_tinyvit
+    from distill_cli.store.reader import Store
+
+    opened = Store(open_place(store))
+    names = None
+    if keys != "index":
+        from distill_cli.import_tinyvit import names_of
+
+        names = names_of(opened, keys, data)
+    print_result(export_tinyvit(opened, out, names, Report(quiet)), as_json)
+
+
+@exports.command("parquet")
+def export_parquet(
+    store: Store,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE|DIR", help="X.parquet, or a folder for a file of each view.", show_default=False
+        ),
+    ],
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a table of view, sample_id, class_id, log_prob and log_tail."""
+    from distill_cli.report import Report
+    from distill_cli.store import open_place
+    from distill_cli.store.export_parquet import export_parquet
+    from distill_cli.store.reader import Store
+
+    print_result(export_parquet(Store(open_place(store)), out, Report(quiet)), as_json)

@@ -96,6 +96,10 @@ DEFAULTS = {
 }
 
 
+IMPORTED = "tinyvit"
+"""What a plan's transform says for its `augment` where the rows were imported."""
+
+
 def resolve_view(config: DataConfig, model: Mapping[str, Any]) -> View:
     """The view that a recipe asks for, the rest filled from the model's own input and from the defaults.
 
@@ -122,6 +126,19 @@ def stored_view(config: DataConfig, transform: Mapping[str, Any]) -> View:
                 f"data.{name}: {value} asked, the store has {stored[name]}; leave it out, or write a store with it"
             )
     return view
+
+
+def check_replayable(where: str, transform: Mapping[str, Any]) -> None:
+    """Refuse a store whose views are drawn by other programs.
+
+    Raises:
+        MismatchError: it was imported.
+    """
+    if transform.get("augment") == IMPORTED:
+        raise MismatchError(
+            f"{where}: was imported; its views are drawn by TinyViT's own code, and cannot be replayed here; "
+            'write a store with "distill teacher-logits", or give it back by "distill store export tinyvit"'
+        )
 
 
 def said(config: DataConfig) -> dict[str, Any]:

@@ -33,6 +33,9 @@ SHOWN = 10
 """Missing shards and classes in the tables."""
 DECODED_ROWS = 8192
 
+UNKNOWN = ""
+"""The sha256 of a shard that no manifest has yet: only a folder is asked for those."""
+
 
 @dataclass(frozen=True)
 class Views:
@@ -323,7 +326,7 @@ def _so_far(place: Place, generation: Generation, pieces: set[Piece]) -> tuple[i
     rows = size = 0
     hits: list[list[int | None]] = [[], []]
     for piece in sorted(pieces):
-        path = place.file(generation.path(*piece))
+        path = place.file(generation.path(*piece), UNKNOWN)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(descriptor, "rb", buffering=0) as file:
@@ -453,7 +456,7 @@ def _open(place: Place, generation: Generation, piece: Piece, entry: ShardEntry 
     Raises:
         DamagedError, MismatchError, OSError: it is not what it must be.
     """
-    path = place.file(generation.path(*piece))
+    path = place.file(generation.path(*piece), entry.sha256 if entry else UNKNOWN)
     shard = open_shard(path, generation.plan, *piece)
     if entry is not None and sha256_file(path) != entry.sha256:
         raise DamagedError(f"{path}: its sha256 is not the manifest's")

@@ -163,6 +163,15 @@ class Store:
         except ValueError as error:
             raise DamagedError(f"{self}: view {view}: {error}; {self.place.advice}") from error
 
+    def ids(self, view: int, shard: int) -> NDArray[np.int64]:
+        """The samples that have rows in a shard, by place.
+
+        Raises:
+            DamagedError: as `shard`.
+        """
+        wanted = self.generation_of(view)[0].plan.dealing.sample_ids(shard)
+        return np.delete(wanted, self.shard(view, shard).skipped)
+
     def shard(self, view: int, shard: int) -> Shard:
         """One shard, its checksum verified and its values looked at when it is first opened.
 

@@ -6,7 +6,10 @@ sample_id   uint32 | uint64   [n]   codec `exact` only
 skipped     uint32            [s]   places of the shard, from 0, that have no row
 probe_crc   uint32            [p]   CRC-32 of the first rows' inputs
 
-and the arrays of the codec.
+and the arrays of the codec. Imported rows have two more (store/tinyvit.py), which readers may leave alone:
+
+seed        int32             [n]      by which the rows' inputs were drawn
+correction  int8              [n, k]   codec `exact` only: what makes `log_prob` the very bits of the probabilities
 """
 
 import io
@@ -15,7 +18,7 @@ import math
 import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,10 @@ from distill_cli.store.rows import Rows
 
 HEADER_BYTES = 1024
 ALIGNMENT = 8
-DTYPES = {name: np.dtype(name) for name in ("<u2", "<u4", "<u8", "<f2", "<f4", "|u1")}
+DTYPES = {name: np.dtype(name) for name in ("<u2", "<u4", "<u8", "<i4", "<f2", "<f4", "|u1", "|i1")}
 """What an array of a shard can be."""
+EXTRAS = {"seed": ("<i4", 1), "correction": ("|i1", 2)}
+"""Arrays that rows can have besides the codec's: type and dimensions, the first of which is the rows'."""
 Array = tuple[str, tuple[int, ...], int]
 """Type, shape and first byte."""
 
@@ -69,6 +74,8 @@ class Shard:
     sample_id: NDArray[Any] | None
     size: int
     """Bytes of the file."""
+    extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Those of `EXTRAS` that the rows have."""
 
     def __len__(self) -> int:
         return self.header.rows
@@ -94,6 +101,7 @@ def encode(
     rows: Rows,
     probe_crc: NDArray[np.uint32],
     hits: tuple[int | None, int | None] = (None, None),
+    extra: Mapping[str, NDArray[Any]] | None = None,
 ) -> bytes:
     """The bytes of one shard file; equal rows give equal bytes.
 
@@ -101,6 +109,7 @@ def encode(
         view: from 0 within the plan.
         rows: by place.
         hits: rows whose label is the first class, and among the first five.
+        extra: arrays of `EXTRAS`, by row.
     """
     wanted = plan.dealing.sample_ids(shard)
     kept = np.isin(wanted, rows.sample_id)
@@ -110,6 +119,7 @@ def encode(
         **CODECS[plan.codec].encode(rows, plan.form),
         "skipped": np.flatnonzero(~kept).astype("<u4"),
         "probe_crc": probe_crc.astype("<u4"),
+        **{name: array.astype(EXTRAS[name][0]) for name, array in (extra or {}).items()},
     }
     named: dict[str, str | int] = {"plan_sha256": plan.sha256, "view": plan.first_view + view, "shard": shard}
     content, where = _hdf5({"format": FORMAT, "version": VERSION, **named}, arrays)
@@ -203,8 +213,13 @@ def _open(arrays: Mapping[str, NDArray[Any]], header: Header, plan: Plan, shard:
     sample_id = arrays.get("sample_id")
     if plan.codec == "exact" and (sample_id is None or sample_id.dtype != _id_dtype(plan) or sample_id.shape != (n,)):
         raise ValueError("sample_id is not one number a row")
+    extra = {name: arrays[name] for name in EXTRAS if name in arrays}
+    for name, array in extra.items():
+        dtype, dimensions = EXTRAS[name]
+        if array.dtype != dtype or array.ndim != dimensions or len(array) != n:
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)} for {n} rows")
     rows = CODECS[plan.codec].open(arrays, n, plan.form)
-    return Shard(header, rows, skipped, probes, sample_id, size)
+    return Shard(header, rows, skipped, probes, sample_id, size, extra)
 
 
 def _array(dtype: str, shape: list[int], first: int) -> Array:

@@ -1,8 +1,9 @@
 """Filling a store: the plan first, shards one by one, the manifest last. Mirror of `reader`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,10 @@ def manifest_of(plan: Plan, shards: Sequence[Finished]) -> Manifest:
     )
 
 
+Hits = tuple[int | None, int | None]
+"""Rows whose label is the first class, and among the first five; None where that is not known."""
+
+
 class StoreWriter:
     """Writes the missing shards of a generation; killed at any moment, another writer of the same plan goes on.
 
@@ -86,16 +91,26 @@ class StoreWriter:
             return False
         return True
 
-    def write(self, view: int, shard: int, rows: Rows, probe_crc: NDArray[np.uint32]) -> None:
+    def write(
+        self,
+        view: int,
+        shard: int,
+        rows: Rows,
+        probe_crc: NDArray[np.uint32],
+        hits: Hits | None = None,
+        extra: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
         """Write one shard: temporary name, fsync, rename.
 
         Args:
             rows: by place.
+            hits: the teacher's own, where they are known and the labels are not.
+            extra: more arrays of the rows; see `shard.EXTRAS`.
 
         Raises:
             OSError: the disk is full or the folder cannot be written; nothing is left under the shard's name.
         """
-        content = encode(self.plan, view, shard, rows, probe_crc, self._hits(rows))
+        content = encode(self.plan, view, shard, rows, probe_crc, hits or self._hits(rows), extra)
         relative = self.generation.path(view, shard)
         path = self.path / relative
         path.parent.mkdir(exist_ok=True)
@@ -122,19 +137,19 @@ class StoreWriter:
         )
         return finished(self.plan, shard, opened, entry)
 
-    def _hits(self, rows: Rows) -> tuple[int | None, int | None]:
+    def _hits(self, rows: Rows) -> Hits:
         """Rows whose label is the first class, and among the first five; None where rows do not tell."""
         if self.labels is None or self.plan.top_k == 0:
             return None, None
         hits = rows.class_id[:, :5] == self.labels[rows.sample_id.astype(np.int64)][:, None]
         if rows.count is not None:
             hits &= np.arange(hits.shape[1]) < rows.count[:, None]
-        return int(hits[:, :1].sum()), int(hits.sum()) if self._has_top5 else None
+        return int(hits[:, :1].sum()), int(hits.sum()) if has_top5(self.plan) else None
 
-    @property
-    def _has_top5(self) -> bool:
-        """Whether each row has its five most probable classes."""
-        return min(self.plan.top_k, self.plan.min_k if self.plan.keep_mass else self.plan.top_k) >= 5
+
+def has_top5(plan: Plan) -> bool:
+    """Whether each row has its five most probable classes."""
+    return (min(plan.top_k, plan.min_k) if plan.keep_mass else plan.top_k) >= 5
 
 
 def check_payload(path: Path) -> str:
