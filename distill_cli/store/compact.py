@@ -26,30 +26,36 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from distill_cli.store.numbers import (
+    CENTRES,
+    CONTEXTS,
+    COUNT,
+    GAP,
+    LEAST,
+    LEVEL,
+    MAX_CLASSES,
+    TAIL,
+    TAIL_RAW,
+    TAIL_STEPS,
+    TOP,
+    Numbers,
+    gap_sizes,
+    level_log_prob,
+    row_class_of,
+    scale_of,
+)
 from distill_cli.store.rans import PRECISION, SYMBOLS, TOTAL, Decoder, Encoder, Ints, decoding_table, frequencies
 from distill_cli.store.rans import symbols as symbols_of
 from distill_cli.store.rows import RowFormat, Rows
 
 NAMES = ("map", "symbols", "freq", "centre", "length", "rows")
-POWER = 0.4
-CENTRES = 16
-CLASSES = 32
-"""Of rows, by their smallest level."""
-COUNT, LEAST, GAP, LEVEL, TAIL, CONTEXTS = 0, 1, 2, 11, 43, 75
-"""The first context of each kind of number; from COUNT to TAIL each kind ends where the next begins."""
-TOP = 0
-"""In the place of an excess: what the others leave. An excess is coded as one more than it is."""
-TAIL_STEPS = 512
-"""Of log_tail, a nat."""
-TAIL_RAW = 8
 ENOUGH = 1024
 """Numbers that a context needs for a table of its own."""
-SLACK = 1.5
-"""Levels by which the most probable class may be off."""
-PADDING = (1 << 14) - 1
-"""Behind all levels; found as -inf."""
-MAX_CLASSES = 1 << 18
 ID_BITS = 18
+PADDING = (1 << 14) - 1
+"""Behind all levels."""
+CACHED = 1024
+"""Rows that are sorted at a time."""
 ARENA = 256
 """Shards whose tables are kept side by side."""
 
@@ -75,7 +81,7 @@ def encode(rows: Rows, form: RowFormat) -> dict[str, NDArray[Any]]:
         ValueError: a row has a class twice, or one that the format does not allow.
     """
     _check_form(form)
-    numbers = _Numbers.of(rows, form)
+    numbers = Numbers.of(rows, form)
     counts = numbers.counts()
     table, freq = _tables(counts)
     length, content = _code(numbers, table, freq, form)
@@ -121,8 +127,8 @@ def open(datasets: Mapping[str, NDArray[Any]], n: int, form: RowFormat) -> Opene
         raise ValueError(f"rows has {len(content)} bytes, length asks for {int(start[-1])}")
     if int(length.max(initial=0)) > 6 * (form.width + 3) + 8:
         raise ValueError(f"a row of {int(length.max())} bytes cannot be of {form.width} entries")
-    log_prob = np.concatenate([np.zeros(1, np.float32), _log_prob(form, centre)[::-1]])
-    return Opened(start, content, table.astype(np.int64) << PRECISION, decoding_table(dense, _sizes(form)), log_prob)
+    log_prob = np.concatenate([np.zeros(1, np.float32), level_log_prob(form, centre)[::-1]])
+    return Opened(start, content, table.astype(np.int64) << PRECISION, decoding_table(dense, gap_sizes(form)), log_prob)
 
 
 def take(
@@ -146,146 +152,18 @@ def take(
         block = _block(form)
         for begin in range(0, total, block):
             rows = slice(begin, begin + block)
-            decoded = _decode(arena, shard[rows], content[rows], length[rows], form)
-            class_id[rows], log_prob[rows], log_tail[rows], count[rows] = decoded
+            ids, falling, log_tail[rows], count[rows] = _decode(arena, shard[rows], content[rows], length[rows], form)
+            first = shard[rows] * (scale_of(form) + 2)
+            for some in range(0, ids.shape[1], CACHED):
+                part, into = slice(some, some + CACHED), slice(begin + some, min(begin + some + CACHED, begin + block))
+                found = _sorted(ids[:, part], falling[:, part], log_tail[into], arena.log_prob, first[part])
+                class_id[into], log_prob[into] = found
     return class_id, log_prob, log_tail, count if form.ragged else None
-
-
-# What a row says, as numbers
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """The numbers of the rows of a shard, and their contexts."""
-
-    count: Ints
-    """`[n]`."""
-    least: Ints
-    """`[n]`: the smallest level."""
-    gap: NDArray[np.int32]
-    """`[k, n]`."""
-    level: NDArray[np.int32]
-    """`[k, n]`: one more than the excess, or TOP."""
-    tail: Ints
-    """`[n]`: 0 where nothing remains, else one more than -log_tail in steps."""
-    gap_context: NDArray[np.uint8]
-    """`[k, n]`."""
-    centre: Ints
-    """`[CENTRES]`."""
-    ragged: bool
-
-    @classmethod
-    def of(cls, rows: Rows, form: RowFormat) -> "_Numbers":
-        n, width = rows.class_id.shape
-        count = np.full(n, width, np.int64) if rows.count is None else np.asarray(rows.count, np.int64)
-        valid = np.arange(width)[:, None] < count
-        class_id = np.where(valid, rows.class_id.T, MAX_CLASSES + np.arange(width)[:, None]).astype(np.int32)
-        order = np.argsort(class_id, axis=0, kind="stable")
-        ordered = np.take_along_axis(class_id, order, axis=0)
-        gap = np.diff(ordered, axis=0, prepend=np.int32(-1)) - np.int32(1)
-        if (gap < 0).any() or (ordered[valid] >= form.num_classes).any():
-            raise ValueError(f"a row has a class twice, or one beyond the {form.num_classes}")
-        prob = np.exp(np.minimum(np.take_along_axis(rows.log_prob.T, order, axis=0), 0).astype(np.float64))
-        exact = _scale(form) * prob**POWER
-        level = np.where(prob > 0, np.maximum(np.rint(exact), 1), 0).astype(np.int32)
-        centre = _centres(exact[valid], level[valid])
-        least = np.where(valid, level, MAX_CLASSES).min(axis=0, initial=MAX_CLASSES).astype(np.int64)
-        with np.errstate(divide="ignore", over="ignore"):
-            steps = np.rint(np.minimum(-TAIL_STEPS * rows.log_tail.astype(np.float64), (64 << TAIL_RAW) - 1))
-        tail = np.where(np.isneginf(rows.log_tail), 0, np.maximum(steps, 0).astype(np.int64) + (1 << TAIL_RAW))
-        near = (order == 0) & _near(level, exact, order == 0, tail, valid, _log_prob(form, centre), _scale(form))
-        number = np.where(near, TOP, level - least.astype(np.int32) + 1)
-        return cls(count, least, gap, number, tail, _gap_contexts(symbols_of(gap), form), centre, form.ragged)
-
-    def counts(self) -> Ints:
-        """How often each symbol occurs in each context: `[contexts, symbols]`."""
-        out = np.zeros((CONTEXTS, SYMBOLS), np.int64)
-        every = np.zeros(len(self.count), np.int64)
-        if self.ragged:
-            self._add(out, every + COUNT, self.count - 1)
-        self._add(out, every + LEAST, self.least)
-        row_class = _row_class(self.least)
-        self._add(out, TAIL + row_class, self.tail >> TAIL_RAW)
-        for place, (gap, level) in enumerate(zip(self.gap, self.level, strict=True)):
-            live = self.count > place
-            self._add(out, self.gap_context[place][live], gap[live])
-            self._add(out, LEVEL + row_class[live], level[live])
-        return out
-
-    @staticmethod
-    def _add(out: Ints, context: NDArray[Any], numbers: NDArray[Any]) -> None:
-        found = np.bincount(context.astype(np.int64) * SYMBOLS + symbols_of(numbers), minlength=out.size)
-        out += found.reshape(out.shape)
-
-
-def _near(
-    level: NDArray[Any],
-    exact: NDArray[Any],
-    top: NDArray[Any],
-    tail: Ints,
-    valid: NDArray[Any],
-    log_prob: Any,
-    scale: int,
-) -> NDArray[np.bool_]:
-    """Whether what the others leave to the most probable class is within SLACK levels of it: `[n]`."""
-    others = np.where(valid & ~top, np.exp(log_prob[level], dtype=np.float64), 0).sum(axis=0)
-    left = np.maximum(1 - others - np.where(tail > 0, np.exp((TAIL_STEPS // 2 - tail) / TAIL_STEPS), 0), 0)
-    wanted = np.where(top, exact, 0).sum(axis=0)
-    near: NDArray[np.bool_] = np.abs(scale * left**POWER - wanted) <= SLACK
-    return near
-
-
-def _gap_contexts(symbol: Ints, form: RowFormat) -> NDArray[np.uint8]:
-    """GAP + 3 * the size of the gap before + that of the one before it, at the start 1 both: `[k, n]`."""
-    size = np.ones((len(symbol) + 2, symbol.shape[1]), np.uint8)
-    size[2:] = _sizes(form)[symbol]
-    return np.asarray(GAP + 3 * size[1:-1] + size[:-2], np.uint8)
-
-
-def _sizes(form: RowFormat) -> Ints:
-    """Whether a symbol means a small, a middling or a large gap: 0 up to a quarter of the mean, 1 up to it, then 2."""
-    small, mean = symbols_of(np.array([form.num_classes // (4 * form.width), form.num_classes // form.width]))
-    symbol = np.arange(SYMBOLS)
-    return np.asarray(0 + (symbol > small) + (symbol > mean), np.int64)
-
-
-def _row_class(least: Ints) -> Ints:
-    return np.minimum(symbols_of(least), CLASSES - 1)
-
-
-def _scale(form: RowFormat) -> int:
-    """q: the level of p = 1."""
-    return 9 << form.bits - 3
-
-
-def _centres(exact: NDArray[Any], level: NDArray[Any]) -> Ints:
-    """Where in the cell of each of the levels 1 to CENTRES the mean probability lies, in 2^-16 of the cell."""
-    low = level <= CENTRES
-    number = np.bincount(level[low], minlength=CENTRES + 1)[1:]
-    mean = np.bincount(level[low], exact[low] ** (1 / POWER), minlength=CENTRES + 1)[1:] / np.maximum(number, 1)
-    begin, end = _cells()
-    place = np.where(number > 0, (mean**POWER - begin) / (end - begin), 0.5)
-    return np.asarray(np.clip(place * 65536, 0, 65535), np.int64)
-
-
-def _cells() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The ends of the cells of the levels 1 to CENTRES: 0 to 1.5, 1.5 to 2.5, …"""
-    level = np.arange(1, CENTRES + 1, dtype=np.float64)
-    return np.where(level > 1, level - 0.5, 0), level + 0.5
-
-
-def _log_prob(form: RowFormat, centre: NDArray[Any]) -> NDArray[np.float32]:
-    """The log-probability of each level."""
-    exact = np.arange(_scale(form) + 1, dtype=np.float64)
-    begin, end = _cells()
-    exact[1 : CENTRES + 1] = begin + (end - begin) * (centre + 0.5) / 65536
-    with np.errstate(divide="ignore"):
-        return (np.log(exact / _scale(form)) / POWER).astype(np.float32)
 
 
 def _block(form: RowFormat) -> int:
     """Rows that are coded at a time: what a few vectors of them take fits a cache, and what they decode to a memory."""
-    return max(16, min(4096, (1 << 21) // form.width))
+    return max(16, min(1 << 14, (1 << 21) // form.width))
 
 
 def _check_form(form: RowFormat) -> None:
@@ -318,7 +196,7 @@ def _tables(counts: Ints) -> tuple[Ints, Ints]:
     return table, np.stack([frequencies(row) for row in sums])
 
 
-def _code(numbers: _Numbers, table: Ints, freq: Ints, form: RowFormat) -> tuple[Ints, NDArray[np.uint8]]:
+def _code(numbers: Numbers, table: Ints, freq: Ints, form: RowFormat) -> tuple[Ints, NDArray[np.uint8]]:
     """Lengths, and the bytes of all rows."""
     first = np.cumsum(freq, axis=1) - freq
 
@@ -331,7 +209,7 @@ def _code(numbers: _Numbers, table: Ints, freq: Ints, form: RowFormat) -> tuple[
         order = np.argsort(-numbers.count[begin : begin + block], kind="stable")
         at = begin + order
         count, least, tail = numbers.count[at], numbers.least[at], numbers.tail[at]
-        row_class = _row_class(least)
+        row_class = row_class_of(least)
         coder = Encoder(len(at), 2 * int(count[0]) + 4)
         coder.raw(tail & ((1 << TAIL_RAW) - 1), TAIL_RAW)
         put(TAIL + row_class, tail >> TAIL_RAW)
@@ -405,8 +283,9 @@ def _gather(parts: Sequence[tuple[Opened, NDArray[np.int64]]], length: Ints) -> 
 
 def _decode(
     arena: _Arena, shard: Ints, content: NDArray[np.uint8], length: Ints, form: RowFormat
-) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32], Ints]:
-    coder, total, scale = Decoder(arena.table, content, length), len(length), _scale(form)
+) -> tuple[NDArray[np.uint32], NDArray[np.int32], NDArray[np.float32], Ints]:
+    """Classes in their order `[width, rows]`, levels counted from above, log_tail and count."""
+    coder, total, highest = Decoder(arena.table, content, length), len(length), scale_of(form) + 2
     contexts, order = shard * CONTEXTS, np.arange(total)
     count = np.full(total, form.width, np.int64)
     if form.ragged:
@@ -417,7 +296,7 @@ def _decode(
         count, contexts = count[order], contexts[order]
         coder.reorder(order)
     least = coder.number(arena.base[contexts + LEAST])[0]
-    row_class = _row_class(least)
+    row_class = row_class_of(least)
     level_base, gap_context = arena.base[contexts + LEVEL + row_class], contexts + GAP
     class_id = np.full(total, -1, np.int64)
     size, before = np.ones(total, np.int64), np.ones(total, np.int64)
@@ -440,26 +319,35 @@ def _decode(
         raise ValueError(f"a row has class {int(class_id.max())}, of {form.num_classes}")
     high = coder.number(arena.base[contexts + TAIL + row_class])[0]
     tail = (high << TAIL_RAW) + coder.raw(TAIL_RAW)
+    log_tail = np.where(high > 0, (tail - (1 << TAIL_RAW)) / np.float32(-TAIL_STEPS), -np.inf).astype(np.float32)
+    falling = np.subtract(highest - least, levels, dtype=np.int32, casting="unsafe")
+    np.maximum(falling, 1, out=falling)
+    falling *= levels != TOP
+    if not form.ragged:
+        return ids, falling, log_tail, count
+    falling[np.arange(form.width)[:, None] >= count] = PADDING
     back = np.argsort(order)
-    log_tail = np.where(high > 0, (tail - (1 << TAIL_RAW)) / np.float32(-TAIL_STEPS), -np.inf).astype(np.float32)[back]
-    # Sorted as one: high levels first, TOP before all, then by class.
-    keys = np.subtract(scale + 2 - least, levels, dtype=np.int32, casting="unsafe")
-    np.maximum(keys, 1, out=keys)
-    keys *= levels != TOP
-    if form.ragged:
-        keys[np.arange(form.width)[:, None] >= count] = PADDING
-    keys <<= ID_BITS
-    keys |= ids.view(np.int32)
-    ranked = np.ascontiguousarray(keys.T).view(np.uint32)[back]
+    return ids[:, back], falling[:, back], log_tail[back], count[back]
+
+
+def _sorted(
+    ids: NDArray[np.uint32], falling: NDArray[np.int32], log_tail: NDArray[np.float32], values: Any, first: Ints
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Class ids and log-probabilities `[rows, width]`: what the others leave, high to low levels; equal ones by class.
+
+    Args:
+        values: log-probabilities of the levels of all shards, and `first`, where those of each row's shard begin.
+    """
+    keys = (falling.astype(np.uint32) << ID_BITS) | ids
+    ranked: NDArray[np.uint32] = np.ascontiguousarray(keys.T)
     ranked.sort(axis=1)
-    class_id, falling = ranked & ((1 << ID_BITS) - 1), (ranked >> ID_BITS).astype(np.int64)
-    top = np.flatnonzero(falling[:, 0] == 0)
-    if form.ragged:
-        np.minimum(falling, scale + 1, out=falling)
-    falling += (shard * (scale + 2))[:, None]
-    log_prob = arena.log_prob.take(falling, mode="clip")
+    place = (ranked >> ID_BITS).astype(np.int64)
+    log_prob = values.take(place + first[:, None], mode="clip")
+    if (place[:, -1] == PADDING).any():
+        log_prob[place == PADDING] = -np.inf
+    top = place[:, 0] == 0
     log_prob[top, 0] = _left(log_prob, log_tail)[top]
-    return class_id, log_prob, log_tail, count[back]
+    return np.bitwise_and(ranked, (1 << ID_BITS) - 1), log_prob
 
 
 def _left(log_prob: NDArray[np.float32], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -132,13 +132,12 @@ class Decoder:
         return number
 
     def _fill(self, state: Ints) -> None:
-        low = state < LOW
-        low &= self.left[: len(state)] > 0
-        rows = low.nonzero()[0]
-        if len(rows):
-            left = self.left[rows]
-            state[rows] = state[rows] << WORD | self.words[self.start[rows] + left]
-            self.left[rows] = left - 1
+        rows = (state < LOW).nonzero()[0]
+        left = self.left[rows]
+        if left.size and not left.all():
+            rows, left = rows[left > 0], left[left > 0]
+        state[rows] = state[rows] << WORD | self.words[self.start[rows] + left]
+        self.left[rows] = left - 1
 
 
 class Encoder:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from distill_cli.store import compact
+from distill_cli.store.numbers import CENTRES, SLACK
 from distill_cli.store.rows import RowFormat, Rows
 
 Datasets = Mapping[str, NDArray[Any]]
@@ -55,14 +56,14 @@ def _check(rows: Rows, back: Rows, form: RowFormat) -> None:
         assert found.keys() == wanted.keys()
         for place, (name, value) in enumerate(wanted.items()):
             exact, level = (scale * np.exp(0.4 * number) for number in (value, found[name]))
-            assert abs(exact - level) <= (compact.SLACK if place == 0 else 1.5 if exact < 1.5 else 1) + 1e-3
+            assert abs(exact - level) <= (SLACK if place == 0 else 1.5 if exact < 1.5 else 1) + 1e-3
             assert (found[name] == -np.inf) == (value == -np.inf)
         assert (back.class_id[row, count:] == 0).all()
         assert (back.log_prob[row, count:] == -np.inf).all()
     finite = rows.log_tail > -np.inf
     assert np.array_equal(finite, back.log_tail > -np.inf)
-    wanted_tail, found_tail = np.maximum(rows.log_tail[finite], -16383 / 512), back.log_tail[finite]
-    assert np.abs(wanted_tail - found_tail).max(initial=0) <= 0.5 / 512 + 1e-5
+    wanted_tail, found_tail = np.maximum(rows.log_tail[finite], -4095 / 128), back.log_tail[finite]
+    assert np.abs(wanted_tail - found_tail).max(initial=0) <= 0.5 / 128 + 1e-5
 
 
 @st.composite
@@ -220,7 +221,7 @@ def _reference(datasets: Datasets, row: int, form: RowFormat) -> tuple[list[tupl
         mean = form.num_classes // form.width
         small = form.num_classes // (4 * form.width)
         size, before = sum(symbol_of(gap) > symbol_of(limit) for limit in (small, mean)), size
-    return entries, number(43 + group) * 256 + raw(8)
+    return entries, number(43 + group) * 64 + raw(6)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -235,9 +236,9 @@ def test_a_scalar_decoder_reads_the_same(classes: int, width: int, ragged: bool)
         assert sorted(back.class_id[row, :count].tolist()) == [class_id for class_id, _ in entries]
         expected = sorted(entries, key=lambda entry: (entry[1] >= 0, -entry[1], entry[0]))
         assert back.class_id[row, :count].tolist() == [class_id for class_id, _ in expected]
-        assert back.log_tail[row] == (np.float32((256 - tail) / 512) if tail >= 256 else -np.inf)
+        assert back.log_tail[row] == (np.float32((64 - tail) / 128) if tail >= 64 else -np.inf)
         for (_, level), value in zip(expected, back.log_prob[row], strict=False):
-            if level > compact.CENTRES:
+            if level > CENTRES:
                 assert value == np.float32(np.log(level / scale) / 0.4)
 
 
