@@ -49,14 +49,14 @@ from distill_cli.store.rans import symbols as symbols_of
 from distill_cli.store.rows import RowFormat, Rows
 
 NAMES = ("map", "symbols", "freq", "centre", "length", "rows")
-ENOUGH = 1024
+ENOUGH = 2048
 """Numbers that a context needs for a table of its own."""
 ID_BITS = 18
 PADDING = (1 << 14) - 1
 """Behind all levels."""
 CACHED = 1024
 """Rows that are sorted at a time."""
-ARENA = 256
+ARENA = 128
 """Shards whose tables are kept side by side."""
 
 
@@ -244,13 +244,21 @@ _last: _Arena | None = None
 
 
 def _arena(wanted: list[Opened]) -> _Arena:
-    """That of the last batch if it has these shards: shuffled batches ask for the same ones again and again."""
+    """That of the last batch if it has these shards, for shuffled batches ask for the same ones again and again.
+
+    One that lacks a few grows; one that lacks more than half, as in reading shard after shard, is dropped.
+    """
     global _last
-    arena = _last
-    if arena is not None and all(opened in arena.place for opened in wanted):
-        return arena
-    kept = list(dict.fromkeys([*wanted, *(arena.place.keys() if arena else ())]))
-    kept = [each for each in kept if len(each.log_prob) == len(wanted[0].log_prob)][: max(ARENA, len(wanted))]
+    arena, others = _last, []
+    if arena is not None:
+        known = sum(opened in arena.place for opened in wanted)
+        if known == len(wanted):
+            return arena
+        if 2 * known >= len(wanted):
+            others = list(arena.place.keys())
+    kept = list(dict.fromkeys([*wanted, *others]))[: max(ARENA, len(wanted))]
+    if len({len(each.log_prob) for each in kept}) > 1:
+        raise ValueError("shards of other bits beside each other")
     begin = np.cumsum([0, *(len(each.table) for each in kept)])
     arena = _Arena(
         WeakKeyDictionary({each: number for number, each in enumerate(kept)}),
