@@ -44,7 +44,7 @@ from distill_cli.store.numbers import (
     row_class_of,
     scale_of,
 )
-from distill_cli.store.rans import PRECISION, SYMBOLS, TOTAL, Decoder, Encoder, Ints, decoding_table, frequencies
+from distill_cli.store.rans import PRECISION, SYMBOLS, TOTAL, Decoder, Encoder, Ints, Tables, frequencies
 from distill_cli.store.rans import symbols as symbols_of
 from distill_cli.store.rows import RowFormat, Rows
 
@@ -56,7 +56,7 @@ PADDING = (1 << 14) - 1
 """Behind all levels."""
 CACHED = 1024
 """Rows that are sorted at a time."""
-ARENA = 128
+ARENA = 1024
 """Shards whose tables are kept side by side."""
 
 
@@ -67,9 +67,10 @@ class Opened:
     start: Ints
     """`[n + 1]`: where each row begins; the last is where they end."""
     rows: NDArray[np.uint8]
-    base: Ints
-    """`[contexts]`: where in `table` the table of each begins."""
-    table: NDArray[np.uint32]
+    table: NDArray[np.uint8]
+    """`[contexts]`."""
+    freq: NDArray[np.uint16]
+    """`[tables, symbols]`."""
     log_prob: NDArray[np.float32]
     """`[levels]`, from the highest level to 0, behind a place for what is not there."""
 
@@ -128,7 +129,7 @@ def open(datasets: Mapping[str, NDArray[Any]], n: int, form: RowFormat) -> Opene
     if int(length.max(initial=0)) > 6 * (form.width + 3) + 8:
         raise ValueError(f"a row of {int(length.max())} bytes cannot be of {form.width} entries")
     log_prob = np.concatenate([np.zeros(1, np.float32), level_log_prob(form, centre)[::-1]])
-    return Opened(start, content, table.astype(np.int64) << PRECISION, decoding_table(dense, gap_sizes(form)), log_prob)
+    return Opened(start, content, table, dense.astype(np.uint16), log_prob)
 
 
 def take(
@@ -145,7 +146,7 @@ def take(
     log_tail = np.empty(total, np.float32)
     count = np.full(total, form.width, np.int64)
     if total:
-        arena = _arena([opened for opened, _ in parts])
+        arena = _arena([opened for opened, _ in parts], gap_sizes(form))
         shard = np.repeat([arena.place[opened] for opened, _ in parts], [len(at) for _, at in parts])
         length = np.concatenate([opened.start[at + 1] - opened.start[at] for opened, at in parts])
         content = _gather(parts, length)
@@ -233,39 +234,58 @@ class _Arena:
 
     place: WeakKeyDictionary[Opened, int]
     """Of a shard among them."""
+    mark: Ints
     base: Ints
-    """`[shards * contexts]`."""
-    table: NDArray[np.uint32]
+    """`[shards * contexts]`: where the slots of the table of each begin."""
+    tables: Tables
     log_prob: NDArray[np.float32]
     """`[shards * levels]`."""
+
+    @classmethod
+    def of(cls, shards: list[Opened], mark: Ints) -> "_Arena":
+        if len({len(each.log_prob) for each in shards}) > 1:
+            raise ValueError("shards of other bits beside each other")
+        begin = np.cumsum([0, *(len(each.freq) for each in shards)])[:-1, None]
+        return cls(
+            WeakKeyDictionary({each: number for number, each in enumerate(shards)}),
+            mark,
+            ((np.stack([each.table for each in shards]) + begin) << PRECISION).ravel(),
+            Tables.of(np.concatenate([each.freq for each in shards]).astype(np.int64), mark),
+            np.concatenate([each.log_prob for each in shards]),
+        )
+
+    def grows_by(self, new: list[Opened], mark: Ints) -> bool:
+        """Whether shards can stand beside these."""
+        shards = len(self.base) // CONTEXTS
+        alike = all(len(each.log_prob) * shards == len(self.log_prob) for each in new)
+        return alike and np.array_equal(mark, self.mark) and shards + len(new) <= ARENA
+
+    def __add__(self, other: "_Arena") -> "_Arena":
+        shards = len(self.base) // CONTEXTS
+        return _Arena(
+            WeakKeyDictionary({**self.place, **{each: shards + number for each, number in other.place.items()}}),
+            self.mark,
+            np.concatenate([self.base, other.base + len(self.tables.symbol)]),
+            self.tables + other.tables,
+            np.concatenate([self.log_prob, other.log_prob]),
+        )
 
 
 _last: _Arena | None = None
 
 
-def _arena(wanted: list[Opened]) -> _Arena:
+def _arena(wanted: list[Opened], mark: Ints) -> _Arena:
     """That of the last batch if it has these shards, for shuffled batches ask for the same ones again and again.
 
     One that lacks a few grows; one that lacks more than half, as in reading shard after shard, is dropped.
     """
     global _last
-    arena, others = _last, []
-    if arena is not None:
-        known = sum(opened in arena.place for opened in wanted)
-        if known == len(wanted):
-            return arena
-        if 2 * known >= len(wanted):
-            others = list(arena.place.keys())
-    kept = list(dict.fromkeys([*wanted, *others]))[: max(ARENA, len(wanted))]
-    if len({len(each.log_prob) for each in kept}) > 1:
-        raise ValueError("shards of other bits beside each other")
-    begin = np.cumsum([0, *(len(each.table) for each in kept)])
-    arena = _Arena(
-        WeakKeyDictionary({each: number for number, each in enumerate(kept)}),
-        np.concatenate([each.base + first for each, first in zip(kept, begin[:-1], strict=True)]),
-        np.concatenate([each.table for each in kept]),
-        np.concatenate([each.log_prob for each in kept]),
-    )
+    arena, every = _last, list(dict.fromkeys(wanted))
+    new = [each for each in every if arena is None or each not in arena.place]
+    if arena is None or 2 * len(new) > len(every) or not arena.grows_by(new, mark):
+        arena = _Arena.of(every, mark)
+    elif new:
+        arena = arena + _Arena.of(new, mark)
     _last = arena
     return arena
 
@@ -293,7 +313,7 @@ def _decode(
     arena: _Arena, shard: Ints, content: NDArray[np.uint8], length: Ints, form: RowFormat
 ) -> tuple[NDArray[np.uint32], NDArray[np.int32], NDArray[np.float32], Ints]:
     """Classes in their order `[width, rows]`, levels counted from above, log_tail and count."""
-    coder, total, highest = Decoder(arena.table, content, length), len(length), scale_of(form) + 2
+    coder, total, highest = Decoder(arena.tables, content, length), len(length), scale_of(form) + 2
     contexts, order = shard * CONTEXTS, np.arange(total)
     count = np.full(total, form.width, np.int64)
     if form.ragged:

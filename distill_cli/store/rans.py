@@ -11,6 +11,7 @@ A row starts at x = 0, so that what is coded first costs its own bits only, and 
 Paper: Duda 2013, arXiv:1311.2540.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ DIRECT = 32
 """Numbers below it are symbols themselves; from here on there are four symbols an octave, and raw bits."""
 SYMBOLS = 96
 """Of numbers below 2^21."""
+STRIDE_BITS = 7
+STRIDE = 1 << STRIDE_BITS
 
 
 def _numbers() -> tuple[Ints, Ints]:
@@ -62,34 +65,41 @@ def frequencies(counts: Ints) -> Ints:
     return freq
 
 
-def decoding_table(freq: Ints, mark: Ints) -> NDArray[np.uint32]:
-    """What each slot of each table stands for: `[tables * 2^11]`.
+@dataclass(frozen=True)
+class Tables:
+    """Frequency tables, ready for decoding: 2^11 bytes and 2^7 words each."""
 
-    Args:
-        freq: `[tables, symbols]`, each of sum 2^11.
-        mark: `[symbols]`, 0 to 3: what `Decoder.number` gives with a symbol.
+    symbol: NDArray[np.uint8]
+    """`[tables * 2^11]`: of each slot."""
+    step: NDArray[np.uint32]
+    """`[tables * 2^7]`: of each symbol frequency, first slot and mark in 12, 11 and 2 bits, lowest first."""
 
-    Returns:
-        frequency, slot within the symbol, symbol and mark in 12, 11, 7 and 2 bits, lowest first.
-    """
-    tables = len(freq)
-    packed = freq | np.arange(SYMBOLS) << 23 | mark << 30
-    first = np.cumsum(freq, axis=1) - freq
-    slot = np.tile(np.arange(TOTAL), tables) - np.repeat(first.ravel(), freq.ravel())
-    return np.asarray(np.repeat(packed.ravel(), freq.ravel()) | slot << 12, np.uint32)
+    @classmethod
+    def of(cls, freq: Ints, mark: Ints) -> "Tables":
+        """
+        Args:
+            freq: `[tables, symbols]`, each of sum 2^11.
+            mark: `[symbols]`, 0 to 3: what `Decoder.number` gives with a number.
+        """
+        step = np.zeros((len(freq), STRIDE), np.uint32)
+        step[:, :SYMBOLS] = freq | (np.cumsum(freq, axis=1) - freq) << PRECISION + 1 | mark << 2 * PRECISION + 1
+        every = np.tile(np.arange(SYMBOLS, dtype=np.uint8), len(freq))
+        return cls(np.repeat(every, freq.ravel()), step.ravel())
+
+    def __add__(self, other: "Tables") -> "Tables":
+        return Tables(np.concatenate([self.symbol, other.symbol]), np.concatenate([self.step, other.step]))
 
 
 class Decoder:
     """The states of a batch of rows. Reads nothing but a row's own bytes, whatever they are."""
 
-    def __init__(self, table: NDArray[np.uint32], content: NDArray[np.uint8], length: Ints) -> None:
+    def __init__(self, tables: Tables, content: NDArray[np.uint8], length: Ints) -> None:
         """
         Args:
-            table: of `decoding_table`.
             content: `[rows, width]`, the bytes of each row, then zeros; width is a multiple of 4, >= max(length) + 8.
             length: `[rows]`, in bytes.
         """
-        self.table = table
+        self.tables = tables
         words = content.view("<u4")
         self.left: Ints = np.where(length > 8, (length - 5) // 4, 0)
         self.start: Ints = np.arange(len(length)) * words.shape[1] - 1
@@ -108,14 +118,15 @@ class Decoder:
             base: the place of each row's table, a multiple of 2^11.
         """
         state = self.state[: len(base)]
-        step = self.table.take((state & (TOTAL - 1)) + base, mode="clip").astype(np.int64)
+        slot = state & (TOTAL - 1)
+        number = self.tables.symbol.take(slot + base, mode="clip").astype(np.int64)
+        step = self.tables.step.take((base >> PRECISION - STRIDE_BITS) + number, mode="clip").astype(np.int64)
         state >>= PRECISION
         state *= step & 4095
-        step >>= 12
-        state += step & 2047
-        step >>= 11
-        number = step & 127
-        step >>= 7
+        state += slot
+        step >>= PRECISION + 1
+        state -= step & (TOTAL - 1)
+        step >>= PRECISION
         long = (number >= DIRECT).nonzero()[0]
         if len(long):
             raw, rest = RAW.take(number[long], mode="clip"), state[long]
