@@ -38,7 +38,7 @@ class Numbers:
     level: NDArray[np.int32]
     """`[k, n]`: one more than the excess, or TOP."""
     tail: Ints
-    """`[n]`: 0 where nothing remains, else one more than -log_tail in steps."""
+    """`[n]`: 0 where nothing remains, else -log_tail in steps, plus 2^TAIL_RAW."""
     gap_context: NDArray[np.uint8]
     """`[k, n]`."""
     centre: Ints
