@@ -67,6 +67,8 @@ class Opened:
     start: Ints
     """`[n + 1]`: where each row begins; the last is where they end."""
     rows: NDArray[np.uint8]
+    window: NDArray[np.uint8]
+    """`[places, width]`: `rows` from each place on, as wide as the decoder wants of the longest row."""
     table: NDArray[np.uint8]
     """`[contexts]`."""
     freq: NDArray[np.uint16]
@@ -129,7 +131,9 @@ def open(datasets: Mapping[str, NDArray[Any]], n: int, form: RowFormat) -> Opene
     if int(length.max(initial=0)) > 6 * (form.width + 3) + 8:
         raise ValueError(f"a row of {int(length.max())} bytes cannot be of {form.width} entries")
     log_prob = np.concatenate([np.zeros(1, np.float32), level_log_prob(form, centre)[::-1]])
-    return Opened(start, content, table, dense.astype(np.uint16), log_prob)
+    width = (int(length.max(initial=0)) + 11) // 4 * 4
+    window = sliding_window_view(content, width) if len(content) >= width else np.zeros((0, width), np.uint8)
+    return Opened(start, content, window, table, dense.astype(np.uint16), log_prob)
 
 
 def take(
@@ -292,18 +296,18 @@ def _arena(wanted: list[Opened], mark: Ints) -> _Arena:
 
 def _gather(parts: Sequence[tuple[Opened, NDArray[np.int64]]], length: Ints) -> NDArray[np.uint8]:
     """The bytes of each row, then zeros: `[rows, width]`."""
-    width = (int(length.max()) + 11) // 4 * 4
+    width = max(opened.window.shape[1] for opened, _ in parts)
     content = np.zeros((len(length), width), np.uint8)
     end = 0
     for opened, at in parts:
-        into = content[end : end + len(at)]
-        end += len(at)
+        into = content[end : (end := end + len(at)), : opened.window.shape[1]]
         start = opened.start[at]
-        inside = start + width <= len(opened.rows)
-        if inside.any():
-            into[inside] = sliding_window_view(opened.rows, width)[start[inside]]
-        for row in np.flatnonzero(~inside):
-            tail = opened.rows[start[row] : start[row] + width]
+        if len(at) and start.max() < len(opened.window):
+            into[:] = opened.window[start]
+            continue
+        # Behind the last rows there is less than a window.
+        for row, first in enumerate(start.tolist()):
+            tail = opened.rows[first : first + into.shape[1]]
             into[row, : len(tail)] = tail
     content *= np.arange(width) < length[:, None]
     return content
@@ -384,3 +388,7 @@ def _left(log_prob: NDArray[np.float32], log_tail: NDArray[np.float32]) -> NDArr
     prob[:, 0] = np.exp(log_tail)
     left: NDArray[np.float32] = np.log(np.maximum(1 - prob.sum(axis=1), np.float32(1e-30)))
     return left if log_prob.shape[1] == 1 else np.maximum(left, log_prob[:, 1])
+
+
+def check(opened: Opened, form: RowFormat) -> None:
+    """Nothing: `take` looks at each row that it decodes."""
