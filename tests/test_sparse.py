@@ -119,8 +119,7 @@ def test_cross_entropy_takes_half_precisions_in_float32(dtype: torch.dtype) -> N
 def test_cross_entropy_is_of_each_row_alone() -> None:
     logits, rows = torch.randn(6, 12), top_k(torch.randn(6, 12), 4)
     one_by_one = [
-        cross_entropy(logits[i : i + 1], soften(SparseLogits(*(part[i : i + 1] for part in vars(rows).values())), 12))
-        for i in range(6)
+        cross_entropy(logits[i : i + 1], soften(rows._each(lambda part, i=i: part[i : i + 1]), 12)) for i in range(6)
     ]
     torch.testing.assert_close(torch.cat(one_by_one), cross_entropy(logits, soften(rows, 12)))
 
