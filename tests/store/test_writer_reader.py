@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill_cli.errors import DamagedError, MismatchError
-from distill_cli.store.exact import Rows
-from distill_cli.store.plan import PROBES, Plan, read_manifest
+from distill_cli.store.manifest import Manifest, read_manifest
+from distill_cli.store.place import Folder
+from distill_cli.store.plan import PROBES, Generation, Plan
 from distill_cli.store.reader import Store
+from distill_cli.store.rows import Rows
 from distill_cli.store.writer import StoreWriter, check_plan
 
 MakePlan = Callable[..., Plan]
@@ -32,18 +34,29 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _same(one: Rows, other: Rows) -> bool:
-    return all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("class_id", "log_prob", "log_tail")
-    )
+    names = ("class_id", "log_prob", "log_tail", "count")
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+def _checked(path: Path, plan: Plan) -> Manifest | None:
+    return check_plan(path, Generation(0, plan))
+
+
+def _manifest(path: Path, plan: Plan) -> Manifest:
+    found = read_manifest(Folder(path), Generation(0, plan))
+    assert found is not None
+    return found
 
 
 def _expected(plan: Plan, make_rows: MakeRows, view: int, ids: np.ndarray) -> Rows:
     """The rows that were written of some samples, found by brute force."""
     shards = [make_rows(plan, view, shard) for shard in range(plan.shards)]
     at = [int(np.flatnonzero(np.concatenate([rows.sample_id for rows in shards]) == i)[0]) for i in ids]
-    columns = {name: np.concatenate([getattr(rows, name) for rows in shards])[at] for name in vars(shards[0])}
-    half = columns["log_prob"].astype(np.float16)
-    return Rows(ids, columns["class_id"], half, columns["log_tail"].astype(np.float32))
+    names = ("class_id", "log_prob", "log_tail", *(["count"] if plan.form.ragged else []))
+    columns = {name: np.concatenate([getattr(rows, name) for rows in shards])[at] for name in names}
+    columns["log_prob"] = columns["log_prob"].astype(np.float16)
+    columns["log_tail"] = columns["log_tail"].astype(np.float32)
+    return Rows(ids, **columns)
 
 
 @pytest.fixture
@@ -81,17 +94,19 @@ def test_a_new_store_has_its_plan_before_its_shards_and_no_manifest(tmp_path: Pa
     plan = make_plan()
     writer = StoreWriter(tmp_path, plan)
     assert _files(tmp_path) == {"plan.json": plan.text.encode()}
-    assert writer.missing() == [(0, 0), (0, 1), (0, 2)]
+    assert list(writer.missing()) == [(0, 0), (0, 1), (0, 2)]
 
 
 def test_what_a_killed_writer_left_half_written_is_removed(
     tmp_path: Path, make_plan: MakePlan, fill_store: FillStore
 ) -> None:
     fill_store(tmp_path, make_plan(), only=2)
-    (tmp_path / "view-000" / ".tmp-shard-00002.h5").write_bytes(b"half")
-    writer = StoreWriter(tmp_path, make_plan())
-    assert sorted(_files(tmp_path)) == ["plan.json", "view-000/shard-00000.h5", SHARD]
-    assert writer.missing() == [(0, 2)]
+    for name in ("view-000/.tmp-shard-00001.h5", ".tmp-manifest.json"):
+        (tmp_path / name).write_bytes(b"half")
+    assert list(StoreWriter(tmp_path, make_plan()).missing()) == [(0, 2)]
+    fill_store(tmp_path, make_plan())
+    shards = [f"view-000/shard-{shard:05d}.h5" for shard in range(3)]
+    assert sorted(_files(tmp_path)) == ["manifest.json", "plan.json", *shards]
 
 
 def test_a_shard_that_does_not_open_is_written_again(
@@ -99,7 +114,7 @@ def test_a_shard_that_does_not_open_is_written_again(
 ) -> None:
     fill_store(tmp_path, make_plan(), only=2)
     (tmp_path / SHARD).write_bytes((tmp_path / SHARD).read_bytes()[:-1])
-    assert StoreWriter(tmp_path, make_plan()).missing() == [(0, 1), (0, 2)]
+    assert list(StoreWriter(tmp_path, make_plan()).missing()) == [(0, 1), (0, 2)]
 
 
 @pytest.mark.parametrize("only", [1, None])
@@ -120,21 +135,21 @@ def test_other_library_versions_are_the_same_store_only_when_it_is_complete(
     newer = make_plan(software={"torch": "2.8.0"})
     fill_store(tmp_path, make_plan(), only=1)
     with pytest.raises(MismatchError, match=r"software.torch: 2.7.0, 2.8.0"):
-        check_plan(tmp_path, newer)
+        _checked(tmp_path, newer)
     fill_store(tmp_path, make_plan())
-    assert check_plan(tmp_path, newer) == read_manifest(tmp_path, make_plan())
+    assert _checked(tmp_path, newer) == _manifest(tmp_path, make_plan())
 
 
 def test_a_complete_store_that_lost_a_shard_is_unfinished_again(store: Path, make_plan: MakePlan) -> None:
     """The advice of the reader's errors, to run teacher-logits again, must help."""
-    assert check_plan(store, make_plan()) is not None
+    assert _checked(store, make_plan()) is not None
     (store / SHARD).unlink()
-    assert check_plan(store, make_plan()) is None
+    assert _checked(store, make_plan()) is None
 
 
 def test_a_complete_store_with_a_shard_cut_short_is_unfinished_again(store: Path, make_plan: MakePlan) -> None:
     (store / SHARD).write_bytes((store / SHARD).read_bytes()[:100])
-    assert check_plan(store, make_plan()) is None
+    assert _checked(store, make_plan()) is None
 
 
 def test_the_manifest_counts_the_teachers_hits(tmp_path: Path, make_plan: MakePlan) -> None:
@@ -148,7 +163,7 @@ def test_the_manifest_counts_the_teachers_hits(tmp_path: Path, make_plan: MakePl
 
 
 def test_without_labels_the_manifest_claims_no_accuracy(store: Path, make_plan: MakePlan) -> None:
-    manifest = read_manifest(store, make_plan())
+    manifest = _manifest(store, make_plan())
     assert (manifest.top1, manifest.top5) == (None, None)
 
 
@@ -171,7 +186,7 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(
     with pytest.raises(OSError, match=os.strerror(code)):
         writer.write(0, 1, make_rows(writer.plan, 0, 1), PROBE)
     assert _files(tmp_path) == before
-    assert writer.missing() == [(0, 1), (0, 2)]
+    assert list(writer.missing()) == [(0, 1), (0, 2)]
 
 
 @pytest.fixture
@@ -193,10 +208,10 @@ def test_a_really_full_disk_stops_the_writer_and_room_lets_it_go_on(
         fill_store(small_disk, plan)
     there = _files(small_disk)
     assert sorted(there) == ["plan.json", "view-000/shard-00000.h5", "view-000/shard-00001.h5"]
-    assert StoreWriter(small_disk, plan).missing() == [(0, 2), (0, 3)]
+    assert list(StoreWriter(small_disk, plan).missing()) == [(0, 2), (0, 3)]
     subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
     fill_store(small_disk, plan)
-    assert Store(small_disk).manifest.rows == 4000
+    assert Store(small_disk).manifests[0].rows == 4000
 
 
 # The reader.
@@ -219,7 +234,7 @@ def test_a_skipped_sample_has_no_row_and_moves_no_other(
     skipped = (*plan.dealing.sample_ids(0)[[0, 2]].tolist(), int(plan.dealing.sample_ids(2)[-1]))
     fill_store(tmp_path, plan, skip=skipped)
     store = Store(tmp_path)
-    assert store.manifest.skipped == tuple(sorted(skipped))
+    assert store.manifests[0].skipped == tuple(sorted(skipped))
     assert sorted([*store.sample_ids, *skipped]) == list(range(10))
     ids = store.sample_ids[::-1]
     assert _same(store.rows(0, ids), _expected(plan, make_rows, 0, ids))
@@ -289,7 +304,7 @@ def test_a_store_may_have_more_shards_than_a_process_has_files(
     monkeypatch.setattr(os, "fsync", lambda _: None)
     writer = StoreWriter(tmp_path, make_plan(samples=700, shard_rows=1))
     for view, shard in writer.plan.every_shard():
-        writer.write(view, shard, make_rows(writer.plan, view, shard), PROBE)
+        writer.write(view, shard, make_rows(writer.plan, view, shard), PROBE[:1])
     writer.finish()
     assert other_process.submit(_read_with_640_files, tmp_path, 700).result() == 700
 
@@ -315,7 +330,7 @@ def test_one_flipped_bit_is_noticed_when_its_shard_is_first_asked_for(
     two_views: Store, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("flipped") / "store"
-    shutil.copytree(two_views.path, path)
+    shutil.copytree(str(two_views), path)
     content = bytearray((path / SHARD).read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     (path / SHARD).write_bytes(content)
