@@ -12,7 +12,7 @@ import torch
 from distill_cli.data import open_source
 from distill_cli.data.folder import ImageFolder
 from distill_cli.data.sources import Source, fingerprint, without_labels
-from distill_cli.data.views import DataConfig, View, checksum, resolve_view, train_transform
+from distill_cli.data.views import DataConfig, View, resolve_view, train_transform
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved, seed_everything
 from distill_cli.replay import SparseRows, check_data, prove_replay
@@ -60,8 +60,8 @@ def capture(tmp_path: Path, view: View, make_plan: MakePlan, make_rows: MakeRows
             rows = make_rows(plan, number, shard, skip)
             first = rows.sample_id[:PROBES].tolist()
             with preserved():
-                inputs = transform([source.read(i) for i in first], plan.seed, number, first)
-            writer.write(number, shard, rows, np.array([checksum(image) for image in inputs], np.uint32))
+                pixels = transform.draw([source.read(i) for i in first], plan.seed, number, first)
+            writer.write(number, shard, rows, np.array([*map(pixels.checksum, range(len(first)))], np.uint32))
         writer.finish()
         return Store(tmp_path / "store")
 
@@ -92,10 +92,11 @@ def test_a_proof_leaves_the_generators_alone(source: ImageFolder, view: View, ca
 
 def test_changed_pixels_are_found_and_their_image_named(source: ImageFolder, view: View, capture: Capture) -> None:
     store = capture(source)
-    shutil.copy(source.root / source.keys[1], source.root / source.keys[0])
+    proven, other = store.ids(0, 0)[:2].tolist()
+    shutil.copy(source.root / source.keys[other], source.root / source.keys[proven])
     with pytest.raises(MismatchError) as caught:
         prove_replay(store, source, train_transform(view))
-    assert f"view 0 of {source.keys[0]} does not replay to the pixels that the teacher saw" in str(caught.value)
+    assert f"view 0 of {source.keys[proven]} does not replay to the pixels that the teacher saw" in str(caught.value)
     assert "so the image files have changed; restore them" in str(caught.value)
     assert caught.value.exit_code == 3
 
