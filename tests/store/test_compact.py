@@ -173,7 +173,7 @@ def test_the_default_loses_less_than_1e_4_nats_at_any_temperature() -> None:
 
 
 def _reference(datasets: Datasets, row: int, form: RowFormat) -> tuple[list[tuple[int, int]], int]:
-    """([(class, level or -1 for what the others leave)] by class, tail) of one row, as docs/compact.md has it."""
+    """([(class, level or -1 for what the others leave)] by class, tail) of one row, as docs/store-format.md has it."""
     sizes, tables = datasets["symbols"].tolist(), []
     for end, size in zip(np.cumsum(sizes).tolist(), sizes, strict=True):
         tables.append(datasets["freq"][end - size : end].tolist())
