@@ -254,7 +254,13 @@ def test_an_out_below_a_file(folder: Path, tmp_path: Path, refused: Refused) -> 
     assert "not a directory" in said
 
 
-HOLD = "import sys, time; from distill_cli.locks import *; one = locked(Path(sys.argv[1])); one.__enter__(); print(); time.sleep(60)"
+HOLD = """
+import sys, time
+from distill_cli.locks import *
+with locked(Path(sys.argv[1])):
+    print(flush=True)
+    time.sleep(60)
+"""
 
 
 def test_an_out_that_another_process_holds(folder: Path, out: Path, run: Made, refused: Refused) -> None:
