@@ -17,9 +17,9 @@ from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved, seed_everything
 from distill_cli.replay import SparseRows, check_data, prove_replay
 from distill_cli.software import versions
-from distill_cli.store.exact import Rows
 from distill_cli.store.plan import PROBES, Plan
 from distill_cli.store.reader import Store
+from distill_cli.store.rows import Rows
 from distill_cli.store.writer import StoreWriter
 
 MODEL = {"input_size": (3, 24, 24), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
