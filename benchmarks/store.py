@@ -150,9 +150,10 @@ class TinyViT:
 
         def read(ids: NDArray[np.int64]) -> SparseLogits:
             found = (records.read(places[self._key(sample)]) for sample in ids.tolist())
-            class_id, prob = torch.utils.data.default_collate([(a.astype(np.int64), b) for _, a, b in found])
-            prob = prob.float()
-            return SparseLogits(class_id, prob.log(), (1 - prob.sum(dim=1)).clamp(min=0).log())
+            pairs = [(class_id.astype(np.int64), prob.astype(np.float32)) for _, class_id, prob in found]
+            class_id, prob = torch.utils.data.default_collate(pairs)
+            # Rounded to float16, a row can have more than all of the mass; a tail of none has infinite KL.
+            return SparseLogits(class_id, prob.log(), (1 - prob.sum(dim=1)).clamp(min=1e-7).log())
 
         return read
 
