@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from distill_cli.data import open_source
 from distill_cli.data.folder import ImageFolder
@@ -17,6 +18,7 @@ from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved, seed_everything
 from distill_cli.replay import SparseRows, check_data, prove_replay
 from distill_cli.software import versions
+from distill_cli.sparse import SparseLogits
 from distill_cli.store.plan import PROBES, Plan
 from distill_cli.store.reader import Store
 from distill_cli.store.rows import Rows
@@ -149,3 +151,34 @@ def test_a_stores_rows_are_tensors_and_pickle(source: ImageFolder, capture: Capt
     assert sparse.class_id.tolist() == stored.class_id.tolist()
     assert sparse.log_prob.tolist() == stored.log_prob.tolist()
     assert sparse.log_tail.tolist() == stored.log_tail.tolist()
+
+
+class Lookup(Dataset[SparseLogits]):
+    def __init__(self, rows: SparseRows, ids: np.ndarray) -> None:
+        self.rows, self.ids = rows, ids
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, number: int) -> SparseLogits:
+        return self.rows(number % 2, self.ids[number::6])
+
+
+@pytest.mark.parametrize(
+    ("context", "kind"),
+    [("fork", {}), ("fork", {"keep_mass": 0.9}), ("fork", {"sample": 2, "top_k": 1}), ("spawn", {"keep_mass": 0.9})],
+)
+def test_loader_workers_read_the_rows_of_the_main_process(
+    source: ImageFolder, capture: Capture, kind: dict[str, object], context: str
+) -> None:
+    """… which has its shards open when they come."""
+    ids = np.random.default_rng(0).permutation(np.arange(36) % 18)
+    lookup = Lookup(SparseRows(capture(source, **kind)), ids)
+    here = [lookup[number] for number in range(6)]
+    loader = DataLoader(lookup, batch_size=None, num_workers=1, multiprocessing_context=context)
+    for one, other in zip(here, loader, strict=True):
+        assert torch.equal(one.class_id, other.class_id)
+        assert torch.equal(one.log_prob, other.log_prob)
+        assert torch.equal(one.log_tail, other.log_tail)
+        assert torch.equal(one.counts, other.counts)
+        assert (one.count is None) == (kind == {})

@@ -5,9 +5,11 @@ import pickle
 import resource
 import shutil
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from distill_cli.store.place import Folder
 from distill_cli.store.plan import PROBES, Generation, Plan
 from distill_cli.store.reader import Store
 from distill_cli.store.rows import Rows
+from distill_cli.store.shard import Shard
 from distill_cli.store.writer import StoreWriter, check_plan
 
 MakePlan = Callable[..., Plan]
@@ -217,6 +220,11 @@ def test_a_really_full_disk_stops_the_writer_and_room_lets_it_go_on(
 # The reader.
 
 
+def test_no_samples_have_no_rows(two_views: Store) -> None:
+    rows = two_views.rows(0, np.array([], np.int64))
+    assert (rows.class_id.shape, rows.log_prob.shape, rows.log_tail.shape) == ((0, 3), (0, 3), (0,))
+
+
 @given(st.integers(0, 1), st.lists(st.integers(0, 102), max_size=60))
 def test_rows_come_in_any_order_and_as_often_as_asked(
     two_views: Store, make_rows: MakeRows, view: int, ids: list[int]
@@ -225,6 +233,67 @@ def test_rows_come_in_any_order_and_as_often_as_asked(
     rows = two_views.rows(view, wanted)
     assert np.array_equal(rows.sample_id, wanted)
     assert _same(rows, _expected(two_views.plan, make_rows, view, wanted))
+
+
+KINDS: list[dict[str, Any]] = [{"keep_mass": 0.9}, {"sample": 2, "top_k": 1}]
+
+
+@pytest.fixture(scope="module")
+def ragged(
+    tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan, fill_store: FillStore
+) -> list[tuple[Store, tuple[int, ...]]]:
+    """Stores of ragged rows, 103 samples in 11 shards, and the samples that were skipped."""
+    made = []
+    for kind in KINDS:
+        path, plan = tmp_path_factory.mktemp("ragged"), make_plan(samples=103, shard_rows=10, **kind)
+        skip = (3, 77, *plan.dealing.sample_ids(4).tolist())
+        fill_store(path, plan, skip=skip)
+        made.append((Store(path), skip))
+    return made
+
+
+@given(st.integers(0, len(KINDS) - 1), st.lists(st.integers(0, 102), max_size=60))
+def test_ragged_rows_come_in_any_order_and_as_often_as_asked(
+    ragged: list[tuple[Store, tuple[int, ...]]], make_rows: MakeRows, kind: int, ids: list[int]
+) -> None:
+    store, skip = ragged[kind]
+    wanted = np.array([i for i in ids if i not in skip], np.int64)
+    rows = store.rows(0, wanted)
+    assert _same(rows, _expected(store.plan, make_rows, 0, wanted))
+    assert np.array_equal(rows.count, 1 + wanted % store.plan.form.width)
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_a_ragged_store_without_some_samples_says_so(ragged: list[tuple[Store, tuple[int, ...]]], kind: int) -> None:
+    store, skip = ragged[kind]
+    assert store.manifests[0].skipped == tuple(sorted({*skip}))
+    assert sorted([*store.sample_ids, *{*skip}]) == list(range(103))
+    for sample in skip:
+        with pytest.raises(DamagedError, match="no row"):
+            store.rows(0, np.array([5, sample]))
+
+
+class Counted(Store):
+    """A store that counts the shards that anything holds."""
+
+    def shard(self, view: int, shard: int) -> Shard:
+        opened = super().shard(view, shard)
+        refs = self.__dict__.setdefault("refs", [])
+        refs.append(weakref.ref(opened.rows))
+        self.__dict__["most"] = max(self.__dict__.get("most", 0), sum(ref() is not None for ref in refs))
+        return opened
+
+
+def test_memory_is_bounded_whatever_is_asked_at_once(two_views: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.random.default_rng(0).permutation(np.repeat(np.arange(103), 3))
+    whole, size = two_views.rows(0, ids), two_views.entry(0, 0).bytes
+    for memory, most in ((1, 1), (size * 3, 3)):
+        small = Counted(two_views.place)
+        monkeypatch.setattr(small, "memory", memory)
+        for _ in range(2):
+            assert _same(small.rows(0, ids), whole)
+        assert small.__dict__["most"] == len(small._open) == most
+    assert _same(Store(two_views.place, memory_mb=1).rows(0, ids), whole)
 
 
 def test_a_skipped_sample_has_no_row_and_moves_no_other(
@@ -260,8 +329,9 @@ def test_a_sample_beyond_the_data_has_no_row(store: Path, sample: int) -> None:
 
 
 def _read(store: Store, view: int, ids: np.ndarray) -> tuple[Rows, int]:
-    """Rows, and how many shards the store had open before."""
+    """Rows, and how many shards, or files, the store had open before."""
     opened = len(store._open)
+    opened += sum(path.is_symlink() and path.readlink().suffix == ".h5" for path in Path("/proc/self/fd").iterdir())
     return store.rows(view, ids), opened
 
 
