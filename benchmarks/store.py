@@ -25,7 +25,6 @@ from typing import Protocol
 import h5py
 import numpy as np
 import torch
-from distill_cli.store.tinyvit import RankWriter, RecordReader
 from numpy.typing import NDArray
 
 from distill_cli.data.loader import TrainingOrder
@@ -34,6 +33,7 @@ from distill_cli.sparse import SparseLogits, soften, top_k
 from distill_cli.store.plan import Plan
 from distill_cli.store.reader import Store
 from distill_cli.store.rows import Rows
+from distill_cli.store.tinyvit import RankWriter, RecordReader
 from distill_cli.store.writer import StoreWriter
 
 CROPS, USED = 50, 4

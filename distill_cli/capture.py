@@ -70,7 +70,7 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
         UsageError, MismatchError: they do not fit each other, or the recipe.
     """
     report.stage("opening the data")
-    source = open_train(recipe.data)
+    source = open_train(recipe.data, report)
     report.stage(f"{len(source)} images; loading the teacher")
     teacher = load_frozen(recipe.teacher)
     check_classes(source, f"teacher {recipe.teacher.name}", teacher.num_classes, teacher.classes)

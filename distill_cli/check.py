@@ -185,7 +185,7 @@ def _open(recipe: Recipe, store: Store, world: World, report: Report) -> list[Ca
         MismatchError: the teacher, the data or their view are not the store's; both sides are named.
     """
     report.stage("opening the data")
-    source = open_train(recipe.data)
+    source = open_train(recipe.data, report)
     check_data(store, source)
     report.stage(f"{len(source)} images; loading the teacher")
     teacher = load_frozen(recipe.teacher)

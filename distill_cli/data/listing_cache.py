@@ -43,7 +43,7 @@ def cached_listing(root: Path, cached: bool = True, report: Report | None = None
     listing = None if arrays is None else _unpack(root, arrays)
     if listing is None:
         before = time.time()
-        with _shown(report, root) as count:
+        with shown(report, root) as count:
             listing = list_tree(root, count)
         if cached and len(listing.keys) >= LARGE:
             _keep(root, listing, before)
@@ -122,7 +122,7 @@ def _status(root: Path, folders: tuple[str, ...]) -> NDArray[np.int64]:
 
 
 @contextlib.contextmanager
-def _shown(report: Report | None, root: Path) -> Iterator[Count]:
+def shown(report: Report | None, what: object) -> Iterator[Count]:
     """Progress, once there is something to wait for."""
     with contextlib.ExitStack() as stack:
         total, progress = 0, None
@@ -131,7 +131,7 @@ def _shown(report: Report | None, root: Path) -> Iterator[Count]:
             nonlocal total, progress
             total += files
             if report is not None and progress is None and total >= LARGE:
-                progress = stack.enter_context(report.progress(f"listing {root}", None, unit="files"))
+                progress = stack.enter_context(report.progress(f"listing {what}", None, unit="files"))
                 files = total
             if progress is not None:
                 progress.advance(files)
