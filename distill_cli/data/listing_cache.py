@@ -53,7 +53,7 @@ def cached_listing(root: Path, cached: bool = True, report: Report | None = None
 def load(what: str) -> dict[str, NDArray[np.generic]] | None:
     """The arrays that are kept of something listed; None where there are none, or they are damaged."""
     # A damaged archive makes numpy and zipfile raise all sorts of errors.
-    with contextlib.suppress(Exception), np.load(_path(what), allow_pickle=False) as archive:
+    with contextlib.suppress(Exception), _path(what).open("rb") as file, np.load(file, allow_pickle=False) as archive:
         arrays = dict(archive)
         if int(arrays.pop("version")) == VERSION:
             return arrays

@@ -102,7 +102,7 @@ def _files(reader: Any, samples: Any, said: str) -> ImageFolder:
     paths = [os.path.relpath(os.path.join(root, path), root) for path, *_ in samples]  # noqa: PTH118
     labels = from_numbers([target for _, target, *_ in samples], said)
     ids = getattr(reader, "wnid_to_idx", None) or getattr(reader, "class_to_idx", None)
-    names = getattr(reader, "all_categories", None) or sorted(ids or (), key=lambda name: ids[name])
+    names = getattr(reader, "all_categories", None) or (sorted(ids, key=ids.__getitem__) if ids else [])
     return ImageFolder(Path(root), Keys.of(paths), labels, tuple(names) or None)
 
 
