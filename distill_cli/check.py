@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from distill_cli.capture import Capture, CaptureOrder, logits_of, rows_of
 from distill_cli.data import open_train
+from distill_cli.data.images import printable
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.sources import Source
 from distill_cli.data.views import stored_view, train_transform
@@ -330,7 +331,7 @@ class _Sums:
         same_draws = round(100 * self.same_draws / self.draws, 3) if self.draws else None
         passed = not self.rows_beyond and (same_draws is None or same_draws >= SAME_DRAWS)
         difference, view, sample_id, causes = self.worst
-        worst = f"view {view} of {source.keys[sample_id]} ({', '.join(causes)}; by {difference:.3g})"
+        worst = f"view {view} of {printable(source.keys[sample_id])} ({', '.join(causes)}; by {difference:.3g})"
         share = lambda count: round(100 * count / max(1, self.rows), 3)  # noqa: E731
         return Summary(
             status="ok" if passed else "differs",
