@@ -99,7 +99,7 @@ def _files(reader: Any, samples: Any, said: str) -> ImageFolder:
     if not all(isinstance(sample[0], str) for sample in samples):
         raise UsageError(f"{said}: reads a tar; give wds:PATTERN")
     root = os.path.abspath(reader.root)  # noqa: PTH100
-    paths = [os.path.relpath(os.path.join(root, path), root) for path, *_ in samples]  # noqa: PTH118
+    paths = [os.path.relpath(path, root) for path, *_ in samples]
     labels = from_numbers([target for _, target, *_ in samples], said)
     ids = getattr(reader, "wnid_to_idx", None) or getattr(reader, "class_to_idx", None)
     names = getattr(reader, "all_categories", None) or (sorted(ids, key=ids.__getitem__) if ids else [])

@@ -96,3 +96,10 @@ def test_inaturalist_is_sorted(image_folder: Path, tmp_path: Path) -> None:
     source = _open("torch/inaturalist", tmp_path)
     assert list(source.keys) == [f"{folder.name}/{name}.jpg" for name in "abc"]
     assert (source.classes, source.read(0).size) == ((folder.name,), (40, 36))
+
+
+@pytest.mark.parametrize("name", ["torch/image_folder", ""])
+def test_the_root_may_be_relative(image_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(image_folder.parent)
+    source = _open(name, Path(image_folder.name))
+    assert (source.keys[0], source.read(0).size) == ("boot/00.jpg", (40, 36))
