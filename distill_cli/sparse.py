@@ -58,6 +58,13 @@ class SparseLogits:
     def pin_memory(self) -> "SparseLogits":
         return self._each(Tensor.pin_memory)
 
+    def at(self, rows: Tensor | slice) -> "SparseLogits":
+        """Some of the rows."""
+        return self._each(lambda part: part[rows])
+
+    def clone(self) -> "SparseLogits":
+        return self._each(Tensor.clone)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "SparseLogits":
         count = None if self.count is None else change(self.count)
         return SparseLogits(change(self.class_id), change(self.log_prob), change(self.log_tail), count)

@@ -81,18 +81,24 @@ def make_plan() -> Callable[..., Plan]:
 
 @pytest.fixture(scope="session")
 def make_rows() -> Callable[..., Rows]:
-    """The rows of a shard: a function of (view, sample), so that two writers agree; `skip` leaves samples out."""
+    """The rows of a shard: a function of (view, sample), so that two writers agree; `skip` leaves samples out.
+
+    Where the plan has ragged rows, sample i has 1 + i mod width entries.
+    """
 
     def make(plan: Plan, view: int, shard: int, skip: tuple[int, ...] = ()) -> Rows:
         ids = np.array([i for i in plan.dealing.sample_ids(shard) if i not in skip], np.int64)
         logits = [np.random.default_rng((view, int(i))).normal(0, 3, plan.num_classes) for i in ids]
         prob = np.exp(np.array(logits).reshape(len(ids), plan.num_classes))
         prob /= prob.sum(axis=1, keepdims=True)
-        class_id = np.argsort(-prob, axis=1)[:, : plan.top_k]
+        class_id = np.argsort(-prob, axis=1)[:, : plan.form.width]
         kept = np.take_along_axis(prob, class_id, axis=1)
+        count = 1 + ids % plan.form.width if plan.form.ragged else None
+        if count is not None:
+            padding = np.arange(plan.form.width) >= count[:, None]
+            kept, class_id = np.where(padding, 0, kept), np.where(padding, 0, class_id)
         with np.errstate(divide="ignore"):
-            log_tail = np.log(np.maximum(0, 1 - kept.sum(axis=1)))
-        return Rows(ids, class_id, np.log(kept), log_tail)
+            return Rows(ids, class_id, np.log(kept), np.log(np.maximum(0, 1 - kept.sum(axis=1))), count)
 
     return make
 

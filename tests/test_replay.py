@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from distill_cli.data import open_source
 from distill_cli.data.folder import ImageFolder
 from distill_cli.data.sources import Source, fingerprint, without_labels
-from distill_cli.data.views import DataConfig, View, checksum, resolve_view, train_transform
+from distill_cli.data.views import DataConfig, View, resolve_view, train_transform
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved, seed_everything
 from distill_cli.replay import SparseRows, check_data, prove_replay
 from distill_cli.software import versions
-from distill_cli.store.exact import Rows
+from distill_cli.sparse import SparseLogits
 from distill_cli.store.plan import PROBES, Plan
 from distill_cli.store.reader import Store
+from distill_cli.store.rows import Rows
 from distill_cli.store.writer import StoreWriter
 
 MODEL = {"input_size": (3, 24, 24), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
@@ -60,8 +62,8 @@ def capture(tmp_path: Path, view: View, make_plan: MakePlan, make_rows: MakeRows
             rows = make_rows(plan, number, shard, skip)
             first = rows.sample_id[:PROBES].tolist()
             with preserved():
-                inputs = transform([source.read(i) for i in first], plan.seed, number, first)
-            writer.write(number, shard, rows, np.array([checksum(image) for image in inputs], np.uint32))
+                pixels = transform.draw([source.read(i) for i in first], plan.seed, number, first)
+            writer.write(number, shard, rows, np.array([*map(pixels.checksum, range(len(first)))], np.uint32))
         writer.finish()
         return Store(tmp_path / "store")
 
@@ -92,10 +94,11 @@ def test_a_proof_leaves_the_generators_alone(source: ImageFolder, view: View, ca
 
 def test_changed_pixels_are_found_and_their_image_named(source: ImageFolder, view: View, capture: Capture) -> None:
     store = capture(source)
-    shutil.copy(source.root / source.keys[1], source.root / source.keys[0])
+    proven, other = store.ids(0, 0)[:2].tolist()
+    shutil.copy(source.root / source.keys[other], source.root / source.keys[proven])
     with pytest.raises(MismatchError) as caught:
         prove_replay(store, source, train_transform(view))
-    assert f"view 0 of {source.keys[0]} does not replay to the pixels that the teacher saw" in str(caught.value)
+    assert f"view 0 of {source.keys[proven]} does not replay to the pixels that the teacher saw" in str(caught.value)
     assert "so the image files have changed; restore them" in str(caught.value)
     assert caught.value.exit_code == 3
 
@@ -148,3 +151,34 @@ def test_a_stores_rows_are_tensors_and_pickle(source: ImageFolder, capture: Capt
     assert sparse.class_id.tolist() == stored.class_id.tolist()
     assert sparse.log_prob.tolist() == stored.log_prob.tolist()
     assert sparse.log_tail.tolist() == stored.log_tail.tolist()
+
+
+class Lookup(Dataset[SparseLogits]):
+    def __init__(self, rows: SparseRows, ids: np.ndarray) -> None:
+        self.rows, self.ids = rows, ids
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, number: int) -> SparseLogits:
+        return self.rows(number % 2, self.ids[number::6])
+
+
+@pytest.mark.parametrize(
+    ("context", "kind"),
+    [("fork", {}), ("fork", {"keep_mass": 0.9}), ("fork", {"sample": 2, "top_k": 1}), ("spawn", {"keep_mass": 0.9})],
+)
+def test_loader_workers_read_the_rows_of_the_main_process(
+    source: ImageFolder, capture: Capture, kind: dict[str, object], context: str
+) -> None:
+    """… which has its shards open when they come."""
+    ids = np.random.default_rng(0).permutation(np.arange(36) % 18)
+    lookup = Lookup(SparseRows(capture(source, **kind)), ids)
+    here = [lookup[number] for number in range(6)]
+    loader = DataLoader(lookup, batch_size=None, num_workers=1, multiprocessing_context=context)
+    for one, other in zip(here, loader, strict=True):
+        assert torch.equal(one.class_id, other.class_id)
+        assert torch.equal(one.log_prob, other.log_prob)
+        assert torch.equal(one.log_tail, other.log_tail)
+        assert torch.equal(one.counts, other.counts)
+        assert (one.count is None) == (kind == {})

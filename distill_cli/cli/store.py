@@ -266,7 +266,7 @@ def export_tinyvit(
     opened = Store(open_place(store))
     names = None
     if keys != "index":
-        from distill_cli.import_tinyvit import names_of
+        from distill_cli.tinyvit_keys import names_of
 
         names = names_of(opened, keys, data)
     print_result(export_tinyvit(opened, out, names, Report(quiet)), as_json)

@@ -5,15 +5,16 @@ and nothing about it needs saving.
 """
 
 import functools
+import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from distill_cli.data.sources import Source, UnreadableImage
 from distill_cli.data.views import Transform
@@ -58,6 +59,9 @@ class Batch:
             teacher=self.teacher and self.teacher.pin_memory(),
         )
 
+
+ROWS_AHEAD = 8192
+"""Rows of a store that are read at once, for several batches."""
 
 Order = Callable[[int], tuple[int, NDArray[np.int64]]]
 """Batch number -> (view, sample ids)."""
@@ -136,6 +140,8 @@ class Batches(Dataset["Batch | DistillError"]):
     skip_unreadable: bool = False
     probes: int = 0
     """Images of each batch that are checksummed."""
+    _ahead: dict[int, SparseLogits] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Rows of this process's next batches, by number."""
 
     def __getitem__(self, number: int) -> Batch | DistillError:
         try:
@@ -170,10 +176,33 @@ class Batches(Dataset["Batch | DistillError"]):
             labels=torch.from_numpy(labels),
             sample_ids=sample_ids,
             view=view,
-            teacher=self.rows(view, sample_ids) if self.rows else None,
+            teacher=self._teacher(number, np.isin(wanted, sample_ids)) if self.rows else None,
             skipped=tuple(skipped),
             probe_crc=probe_crc,
         )
+
+    def _teacher(self, number: int, kept: NDArray[np.bool_]) -> SparseLogits:
+        """The rows of a batch. They are read for several batches at once: a shard then gives several each time."""
+        assert self.rows is not None
+        if number not in self._ahead:
+            worker = get_worker_info()
+            stride = worker.num_workers if worker else 1
+            batches = max(1, ROWS_AHEAD // max(1, len(kept)))
+            self._ahead.clear()
+            self._read_ahead(range(number, number + stride * batches, stride))
+        rows = self._ahead.pop(number)
+        return rows if kept.all() else rows.at(torch.from_numpy(np.flatnonzero(kept)))
+
+    def _read_ahead(self, numbers: Iterable[int]) -> None:
+        assert self.rows is not None
+        wanted = [(number, *self.order(number)) for number in numbers]
+        for view, group in itertools.groupby(wanted, key=lambda item: item[1]):
+            batches = [(number, ids) for number, _, ids in group]
+            rows = self.rows(view, np.concatenate([ids for _, ids in batches]))
+            ends = np.cumsum([len(ids) for _, ids in batches])
+            for (number, ids), end in zip(batches, ends.tolist(), strict=True):
+                # Copies: what is sent to another process is sent with all the memory that it is a part of.
+                self._ahead[number] = rows.at(slice(end - len(ids), end)).clone()
 
 
 def load(batches: Batches, numbers: Iterable[int], workers: int, device: torch.device) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_cli.store import exact
+from distill_cli.store import compact, exact
 from distill_cli.store.rows import RowFormat, Rows, Taken
 
 
@@ -36,4 +36,4 @@ class Codec(Protocol):
         ...
 
 
-CODECS: dict[str, Codec] = {"exact": cast(Codec, exact)}
+CODECS: dict[str, Codec] = {"exact": cast(Codec, exact), "compact": cast(Codec, compact)}

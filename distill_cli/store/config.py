@@ -7,7 +7,7 @@ from pydantic import Field
 from distill_cli.config import Natural, Positive, PositiveFloat, Precision, Seed, section
 
 Mass = Annotated[float, Field(gt=0, le=1)]
-Bits = Annotated[int, Field(ge=4, le=12)]
+Bits = Annotated[int, Field(ge=4, le=10)]
 
 
 @section

@@ -280,7 +280,7 @@ def _check_values(plan: Plan) -> None:
         raise ValueError("keep_mass and sample exclude each other")
     if plan.codec not in CODECS or (plan.bits is not None) != (plan.codec == "compact"):
         raise ValueError(f"codec is {plan.codec!r} with bits {plan.bits!r}")
-    if plan.bits is not None and not is_count(plan.bits, 1, 16):
+    if plan.bits is not None and not is_count(plan.bits, 4, 10):
         raise ValueError(f"bits is {plan.bits!r}")
 
 

@@ -1,6 +1,7 @@
 """Reading a store: any rows of a view, by sample id. Mirror of `writer`."""
 
 import itertools
+import resource
 import stat
 from collections import OrderedDict
 from pathlib import Path
@@ -19,8 +20,8 @@ from distill_cli.store.plan import Generation, Plan, read_generations, store_id
 from distill_cli.store.rows import Rows, Taken
 from distill_cli.store.shard import Shard, check_rows, open_shard
 
-OPEN_SHARDS = 256
-"""Memory maps held at once: each holds a file descriptor, of which a process may commonly have 1,024."""
+OPEN_SHARDS = 4096
+"""Memory maps held at once at most: each holds a file descriptor, of which a store takes a quarter of the process's."""
 MEMORY_MB = 1024
 Part = tuple[Any, NDArray[np.int64]]
 """An open shard as its codec knows it, and which of its rows are asked for."""
@@ -47,6 +48,7 @@ class Store:
         self.place: Place = Folder(place) if isinstance(place, Path) else place
         self.memory = memory_mb * 2**20
         self.trust = trust
+        self.open_shards = max(1, min(OPEN_SHARDS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         found = read_generations(self.place)
         manifests = (read_manifest(self.place, generation) for generation in found)
         complete = [manifest for manifest in itertools.takewhile(lambda manifest: manifest, manifests) if manifest]
@@ -137,7 +139,7 @@ class Store:
         for start, stop in itertools.pairwise([*first.tolist(), len(places)]):
             number = int(shards[start])
             size = self.entry(view, number).bytes
-            if parts and (len(parts) == OPEN_SHARDS or mapped + size > self.memory):
+            if parts and (len(parts) == self.open_shards or mapped + size > self.memory):
                 # A part keeps its shard mapped, whatever this store lets go of.
                 taken.append(self._take(view, parts))
                 parts, mapped = [], 0
@@ -187,7 +189,7 @@ class Store:
         known = self.trust or entry.path in self._verified
         if not known and sha256_file(path) != entry.sha256:
             raise DamagedError(f"{path}: its sha256 is not the manifest's; {self.place.advice}")
-        while self._open and (len(self._open) == OPEN_SHARDS or self._mapped + entry.bytes > self.memory):
+        while self._open and (len(self._open) == self.open_shards or self._mapped + entry.bytes > self.memory):
             self._mapped -= self._open.popitem(last=False)[1].size
         opened = open_shard(path, generation.plan, within, shard)
         if not known:

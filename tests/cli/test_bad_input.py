@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -252,10 +254,58 @@ def test_an_out_below_a_file(folder: Path, tmp_path: Path, refused: Refused) -> 
     assert "not a directory" in said
 
 
+HOLD = """
+import sys, time
+from distill_cli.locks import *
+with locked(Path(sys.argv[1])):
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
 def test_an_out_that_another_process_holds(folder: Path, out: Path, run: Made, refused: Refused) -> None:
-    with locked(out):
+    with subprocess.Popen([sys.executable, "-c", HOLD, out], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
         for command in (("train", *TRAIN, "--data", folder, "--out", out), capture(run.path, folder, out)):
-            assert f"{out}: held by pid " in refused(75, *command)
+            assert f"{out}: held by pid {holder.pid} on " in refused(75, *command)
+        holder.kill()
+
+
+def test_an_out_that_this_process_holds(folder: Path, out: Path, run: Made, refused: Refused) -> None:
+    with locked(out):
+        assert refused(75, *capture(run.path, folder, out)).startswith(f"{out}: held by this process; wait for it")
+
+
+@pytest.mark.parametrize("shards", ["4:5", "2:2", "3:1", "0:5"])
+def test_shards_that_the_store_does_not_have(shards: str, folder: Path, out: Path, run: Made, refused: Refused) -> None:
+    said = refused(2, *capture(run.path, folder, out), "--shards", shards)
+    assert said == f"--shards {shards}: the store has shards 0:4"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("shards", ["1", "a:b", "-1:2", "1:", ":", "1:2:3", "0x1:2"])
+def test_shards_that_are_no_range(shards: str, folder: Path, out: Path, run: Made, refused: Refused) -> None:
+    said = refused(2, *capture(run.path, folder, out), "--shards", shards)
+    assert said == f"--shards {shards}: not of the form A:B, as in 0:10"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--top-k", "0"), "--top-k 0: keeps nothing of a row; give at least 1, or --sample N with it"),
+        (("--keep-mass", "0.9", "--sample", "2"), "--keep-mass and --sample: a sampled row keeps all of its mass"),
+        (("--keep-mass", "0.9", "--min-k", "3"), "--min-k 3: is more than --top-k 2; give at most that"),
+        (("--min-k", "2"), "--min-k 2: is of --keep-mass P only; give both, or neither"),
+        (("--keep-mass", "1.5"), "--keep-mass: store.keep_mass"),
+        (("--set", "store.bits=8"), "store.bits 8: is of --codec compact only; give both, or neither"),
+    ],
+)
+def test_rows_that_cannot_be(
+    options: tuple[str, ...], said: str, folder: Path, out: Path, run: Made, refused: Refused
+) -> None:
+    assert refused(2, *capture(run.path, folder, out), *options).startswith(said)
+    assert not out.exists()
 
 
 def test_a_run_of_another_recipe(folder: Path, run: Made, refused: Refused) -> None:

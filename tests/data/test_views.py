@@ -1,4 +1,6 @@
 import random
+import struct
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -13,6 +15,7 @@ from timm.data import create_transform, resolve_data_config
 
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.views import (
+    Box,
     DataConfig,
     Pixels,
     Transform,
@@ -178,9 +181,20 @@ def test_asking_a_store_for_another_view_names_both_values() -> None:
         stored_view(DataConfig(reprob=0.5), asdict(_view("rrc")))
 
 
-def test_a_checksum_is_of_the_pixels_alone() -> None:
-    image = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 2, 2)
-    laid_out_otherwise = image.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    assert Pixels(image, (None,)).checksum(0) == Pixels(laid_out_otherwise, (None,)).checksum(0)
-    assert Pixels(image, (None,)).checksum(0) != Pixels(image + 1, (None,)).checksum(0)
-    assert Pixels(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), (None,)).checksum(0) == 0xFF41D912
+def test_a_checksum_is_of_what_is_drawn_and_not_of_the_arithmetic() -> None:
+    image = torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2)
+    box = Box(0, 1, torch.zeros(3, 1, 1))
+    turned = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    pixels = Pixels(torch.stack([image, turned, image + 1, image, image]), (None, None, None, box, replace(box, top=1)))
+    plain, same, other, erased, elsewhere = map(pixels.checksum, range(5))
+    assert plain == same == zlib.crc32(bytes(range(12)))
+    assert len({plain, other, erased, elsewhere}) == 4
+    assert erased == zlib.crc32(bytes(range(12)) + struct.pack("<4i", 0, 1, 1, 1) + bytes(12))
+
+
+def test_what_is_drawn_makes_the_inputs(pictures: list[Image.Image]) -> None:
+    transform = train_transform(replace(_view("rrc"), reprob=0.5))
+    pixels = transform.draw(pictures[:4] * 4, 0, 0, range(16))
+    assert pixels.images.dtype == torch.uint8
+    assert {box is None for box in pixels.boxes} == {True, False}
+    assert torch.equal(transform.inputs(pixels), transform(pictures[:4] * 4, 0, 0, range(16)))

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,14 @@ def capture(teacher: Path, folder: Path, out: Path) -> tuple[str | Path, ...]:
         "teacher-logits", "--teacher", teacher, "--data", folder, "--views", "2", "--shard-rows", "100",
         "--batch-size", "32", "--workers", "1", "--out", out,
     )  # fmt: skip
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()

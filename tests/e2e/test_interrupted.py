@@ -2,12 +2,10 @@
 
 import json
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import SMALL_STUDENT, capture, kill, run, run_json, start
+from commands import SMALL_STUDENT, capture, contents, kill, run, run_json, start, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -18,17 +16,6 @@ def distil(store: Path, folder: Path, out: Path) -> tuple[str | Path, ...]:
         "--batch-size", "50", "--set", "train.save_every=5", "--set", "train.log_every=1", "--workers", "1",
         "--out", out,
     )  # fmt: skip
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def wait_until(condition: Callable[[], bool], process) -> None:
-    deadline = time.monotonic() + 120
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert process.poll() is None, process.communicate()
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -113,13 +100,3 @@ def test_another_recipe_in_the_directory_is_refused_by_field(undisturbed, store,
     _, err = run(*distil(store, folder, undisturbed), "--lr", "0.5", code=3)
     assert "train.lr" in err
     assert "choose another --out" in err
-
-
-def test_two_at_once_in_one_directory(teacher, folder, tmp_path):
-    out = tmp_path / "store"
-    first = start(*capture(teacher, folder, out))
-    wait_until(lambda: (out / "plan.json").exists(), first)
-    first.send_signal(signal.SIGSTOP)
-    _, err = run(*capture(teacher, folder, out), code=75)
-    assert f"held by pid {first.pid} on " in err
-    kill(first)

@@ -3,43 +3,33 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from distill_cli.errors import DamagedError, MismatchError
-from distill_cli.files import canonical_json, write_atomic
-from distill_cli.store.plan import Dealing, Plan, read_manifest, read_plan
-from distill_cli.store.writer import StoreWriter
+from distill_cli.files import canonical_json, sha256, write_atomic
+from distill_cli.store.place import Folder
+from distill_cli.store.plan import Generation, Plan, read_generations, read_plan, store_id
 
 MakePlan = Callable[..., Plan]
-FillStore = Callable[..., StoreWriter]
 
 
-@pytest.fixture
-def store(tmp_path: Path, make_plan: MakePlan, fill_store: FillStore) -> Path:
-    fill_store(tmp_path, make_plan())
-    return tmp_path
-
-
-def _edit(path: Path, **changes: object) -> None:
-    """Change fields of a JSON file as a program would: its form stays canonical."""
-    path.write_text(canonical_json({**json.loads(path.read_text()), **changes}, indent=2) + "\n")
+def _write(folder: Path, plan: Plan, name: str = "plan.json", **changes: object) -> None:
+    """Write a plan, with fields changed as a program would: its form stays canonical."""
+    write_atomic(folder / name, canonical_json({**json.loads(plan.text), **changes}, indent=2) + "\n")
 
 
 def test_a_plan_reads_back_equal(tmp_path: Path, make_plan: MakePlan) -> None:
     plan = make_plan(views=3, seed=2**62)
     write_atomic(tmp_path / "plan.json", plan.text)
-    assert read_plan(tmp_path) == plan
-    assert read_plan(tmp_path).sha256 == plan.sha256
+    assert read_plan(Folder(tmp_path)) == plan
+    assert read_plan(Folder(tmp_path)).sha256 == plan.sha256
 
 
 def test_a_class_name_that_is_not_unicode_has_a_place_in_a_plan(tmp_path: Path, make_plan: MakePlan) -> None:
     """A folder's name is any bytes; Python hands them over as surrogates."""
-    plan = make_plan(teacher={"num_classes": 1, "classes": [os.fsdecode(b"caf\xe9")]})
+    plan = make_plan(top_k=1, teacher={"num_classes": 1, "classes": [os.fsdecode(b"caf\xe9")]})
     write_atomic(tmp_path / "plan.json", plan.text)
-    assert read_plan(tmp_path) == plan
+    assert read_plan(Folder(tmp_path)) == plan
 
 
 @pytest.mark.parametrize("change", [{"samples": 11}, {"seed": 1}, {"num_classes": 6}, {"software": {"torch": "2.8.0"}}])
@@ -63,7 +53,7 @@ def test_a_folder_without_a_plan_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(
         DamagedError, match=r'no plan.json; this is not a store; "distill teacher-logits --out .*" makes'
     ):
-        read_plan(tmp_path)
+        read_plan(Folder(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -73,120 +63,135 @@ def test_a_folder_without_a_plan_is_no_store(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[1]", "not of the format distill-store"),
         ('{"format": "zarr"}', "not of the format distill-store"),
-        ('{"format": "distill-store", "version": 1, "colour": 3}', "not a plan"),
         ('{"format": "distill-store", "version": 1}', "not a plan"),
     ],
 )
 def test_what_is_no_plan_is_damaged(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(DamagedError, match=message):
-        read_plan(tmp_path)
+        read_plan(Folder(tmp_path))
 
 
-def test_a_plan_edited_by_hand_is_damaged(store: Path) -> None:
-    path = store / "plan.json"
-    path.write_text(path.read_text().replace('  "seed"', '    "seed"'))
+def test_a_plan_with_a_field_that_is_not_known_is_of_a_newer_program(tmp_path: Path, make_plan: MakePlan) -> None:
+    values = {**json.loads(make_plan().text), "colour": 3}
+    write_atomic(tmp_path / "plan.json", canonical_json(values, indent=2) + "\n")
+    with pytest.raises(
+        MismatchError, match=r"plan\.json: says colour, which this program does not know; update distill"
+    ):
+        read_plan(Folder(tmp_path))
+
+
+def test_a_plan_may_lack_a_field_that_has_a_default(tmp_path: Path, make_plan: MakePlan) -> None:
+    values = json.loads(make_plan().text)
+    del values["keep_mass"]
+    text = canonical_json(values, indent=2) + "\n"
+    write_atomic(tmp_path / "plan.json", text)
+    plan = read_plan(Folder(tmp_path))
+    assert plan == make_plan()
+    assert plan.sha256 == sha256(text) != make_plan().sha256
+
+
+def test_a_plan_edited_by_hand_is_damaged(tmp_path: Path, make_plan: MakePlan) -> None:
+    (tmp_path / "plan.json").write_text(make_plan().text.replace('  "seed"', '    "seed"'))
     with pytest.raises(DamagedError, match="was edited by hand"):
-        read_plan(store)
+        read_plan(Folder(tmp_path))
 
 
-def test_a_plan_edited_by_a_program_parts_from_its_manifest(store: Path) -> None:
-    _edit(store / "plan.json", seed=1)
-    with pytest.raises(DamagedError, match=r"belongs to store .*, the plan beside it to"):
-        read_manifest(store, read_plan(store))
-
-
-@pytest.mark.parametrize("change", [{"shard_rows": 0}, {"samples": "ten"}, {"teacher": []}, {"views": None}])
-def test_values_that_no_plan_has_are_damage(store: Path, change: dict[str, object]) -> None:
-    (store / "manifest.json").unlink()
-    _edit(store / "plan.json", **change)
-    with pytest.raises(DamagedError):
-        read_manifest(store, read_plan(store))
-
-
-@pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
-def test_a_newer_format_is_told_apart_from_damage(store: Path, name: str) -> None:
-    plan = read_plan(store)
-    _edit(store / name, version=2)
-    with pytest.raises(MismatchError, match="store version 2, this program reads version 1; update distill") as caught:
-        read_manifest(store, read_plan(store) if name == "plan.json" else plan)
-    assert caught.value.exit_code == 3
-
-
-def test_an_unfinished_store_counts_what_is_missing(tmp_path: Path, make_plan: MakePlan, fill_store: FillStore) -> None:
-    writer = fill_store(tmp_path, make_plan(views=2), only=4)
-    with pytest.raises(DamagedError) as caught:
-        read_manifest(tmp_path, writer.plan)
-    assert f'{tmp_path}: 2 of 6 shards missing; run the same "distill teacher-logits" command again' in str(
-        caught.value
-    )
-    assert caught.value.exit_code == 4
-
-
-def test_a_manifest_of_another_store_is_damage(store: Path, make_plan: MakePlan) -> None:
-    with pytest.raises(DamagedError, match="belongs to store"):
-        read_manifest(store, make_plan(seed=1))
-
-
-def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path, make_plan: MakePlan, fill_store: FillStore) -> None:
-    writer = fill_store(tmp_path, make_plan(), np.zeros(10, np.int64), skip=(3,))
-    manifest = read_manifest(tmp_path, writer.plan)
-    assert manifest == writer.finish()
-    assert (manifest.rows, manifest.skipped) == (9, (3,))
+TEACHER = {"name": "vit", "num_classes": 5, "classes": None}
 
 
 @pytest.mark.parametrize(
-    "change", [{"shards": []}, {"shards": 3}, {"shards": [{"path": "x"}]}, {"skipped": None}, {"skipped": ["a"]}]
+    "change",
+    [
+        {"shard_rows": 0}, {"samples": "ten"}, {"samples": True}, {"samples": 10.0}, {"samples": -1}, {"views": None},
+        {"views": 2**63}, {"seed": -1}, {"teacher": []}, {"teacher": {}}, {"teacher": {**TEACHER, "classes": "abc"}},
+        {"teacher": {**TEACHER, "classes": [1]}}, {"teacher": {**TEACHER, "num_classes": 2**40}}, {"data": {}},
+        {"data": {"keys_sha256": 1, "labels_sha256": None}}, {"transform": None}, {"top_k": 0}, {"top_k": 6},
+        {"keep_mass": 0.0}, {"keep_mass": 1}, {"keep_mass": 0.5, "sample": 3}, {"codec": "zip"}, {"bits": 8},
+        {"codec": "compact"}, {"codec": "compact", "bits": 99},
+        {"top_k": 70_000, "teacher": {**TEACHER, "num_classes": 10**5}},
+    ],
+)  # fmt: skip
+def test_values_that_no_plan_has_are_damage(tmp_path: Path, make_plan: MakePlan, change: dict[str, object]) -> None:
+    _write(tmp_path, make_plan(), **change)
+    with pytest.raises(DamagedError, match="not a plan"):
+        read_plan(Folder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"seed": 0', '"seed": NaN', "not JSON .*NaN is no number"),
+        ('"seed": 0', '"seed": -Infinity', "not JSON .*-Infinity is no number"),
+        ('"seed": 0', '"seed": 1, "seed": 0', "not JSON .*a name comes twice"),
+        ('"seed": 0', '"seed": ' + "9" * 5000, "not JSON"),
+        ('"seed": 0', '"seed": ' + "[" * 100_000, "not JSON"),
+        ('"seed": 0', '"seed": 0e400', "not a plan"),
+        ('"seed": 0', '"seed": 0 ', "was edited by hand"),
+        ('"vit"', '"\xff"', "was edited by hand"),
+    ],
 )
-def test_a_manifest_that_does_not_cover_its_plan_is_damage(store: Path, change: dict[str, object]) -> None:
-    _edit(store / "manifest.json", **change)
-    with pytest.raises(DamagedError):
-        read_manifest(store, read_plan(store))
+def test_json_of_a_hostile_kind_is_damage(
+    tmp_path: Path, make_plan: MakePlan, old: str, new: str, message: str
+) -> None:
+    (tmp_path / "plan.json").write_text(make_plan().text.replace(old, new))
+    with pytest.raises(DamagedError, match=message):
+        read_plan(Folder(tmp_path))
 
 
-def test_a_manifest_lists_each_shard_once_in_order(store: Path) -> None:
-    plan = read_plan(store)
-    listed = [entry.path for entry in read_manifest(store, plan).shards]
-    assert listed == [f"view-000/shard-{shard:05d}.h5" for shard in range(plan.shards)]
+def test_a_newer_format_is_told_apart_from_damage(tmp_path: Path, make_plan: MakePlan) -> None:
+    _write(tmp_path, make_plan(), version=2)
+    with pytest.raises(MismatchError, match="store version 2, this program reads version 1; update distill") as caught:
+        read_plan(Folder(tmp_path))
+    assert caught.value.exit_code == 3
 
 
-@given(st.integers(1, 3000), st.integers(1, 4000))
-def test_dealing_gives_each_sample_one_place(samples: int, shard_rows: int) -> None:
-    dealing = Dealing(samples, shard_rows)
-    dealt = np.concatenate([dealing.sample_ids(shard) for shard in range(-(-samples // shard_rows))])
-    assert np.array_equal(np.sort(dealt), np.arange(samples))
-    assert np.array_equal(dealing.place(dealt), np.arange(samples))
+@pytest.mark.parametrize("version", [True, 1.0, "1", None])
+def test_a_version_is_a_whole_number(tmp_path: Path, make_plan: MakePlan, version: object) -> None:
+    _write(tmp_path, make_plan(), version=version)
+    with pytest.raises(MismatchError):
+        read_plan(Folder(tmp_path))
 
 
-@given(st.integers(2**31, 2**32), st.integers(0, 1000))
-def test_dealing_is_exact_for_billions_of_samples(samples: int, shard: int) -> None:
-    dealing = Dealing(samples, 1000)
-    ids = dealing.sample_ids(shard)
-    assert np.array_equal(dealing.place(ids), np.arange(1000) + 1000 * shard)
-    assert ids.min() >= 0
-    assert ids.max() < samples
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+def test_what_is_no_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "plan.json"
+    {"fifo": lambda: os.mkfifo(path), "folder": path.mkdir, "device": lambda: path.symlink_to("/dev/zero")}[kind]()
+    with pytest.raises(DamagedError, match=r"plan.json: not a file"):
+        read_plan(Folder(tmp_path))
 
 
-def _unfairness(samples: int, shards: int, labels: np.ndarray) -> float:
-    """How far any class of any shard is from its share, in standard deviations of a random draw (at least one row)."""
-    shard = Dealing(samples, -(-samples // shards)).place(np.arange(samples)) // -(-samples // shards)
-    counts = np.zeros((shard.max() + 1, labels.max() + 1))
-    np.add.at(counts, (shard, labels), 1)
-    expected = np.outer(np.bincount(shard), np.bincount(labels)) / samples
-    return float((np.abs(counts - expected) / np.sqrt(expected + 1)).max())
+# Generations.
 
 
-@given(st.integers(100, 20_000), st.integers(2, 20), st.integers(2, 100))
-def test_a_shard_is_a_fair_sample_of_a_sorted_listing(samples: int, shards: int, classes: int) -> None:
-    assert _unfairness(samples, shards, np.arange(samples) * classes // samples) <= 6
+def test_generations_count_their_views_through(tmp_path: Path, make_plan: MakePlan) -> None:
+    plans = [make_plan(views=2), make_plan(views=3, first_view=2), make_plan(views=1, seed=7, top_k=2)]
+    for name, plan in zip(("plan.json", "plan-001.json", "plan-002.json"), plans, strict=True):
+        _write(tmp_path, plan, name)
+    found = read_generations(Folder(tmp_path))
+    assert [generation.plan for generation in found] == plans
+    assert [generation.offset for generation in found] == [0, 2, 5]
+    assert found[1].path(2, 0) == "view-004/shard-00000.h5"
+    assert found[2].manifest_name == "manifest-002.json"
+    assert found[1].plan.drawn == ((0, 2), (0, 3), (0, 4))
 
 
-@given(st.integers(100, 20_000), st.integers(2, 20), st.integers(2, 100))
-def test_a_shard_is_a_fair_sample_of_a_periodic_listing(samples: int, shards: int, classes: int) -> None:
-    assert _unfairness(samples, shards, np.arange(samples) % classes) <= 6
+@pytest.mark.parametrize("change", [{"samples": 11}, {"num_classes": 6}, {"transform": {"image_size": 64}}])
+def test_a_generation_of_another_teacher_or_other_data_is_damage(
+    tmp_path: Path, make_plan: MakePlan, change: dict[str, object]
+) -> None:
+    _write(tmp_path, make_plan())
+    _write(tmp_path, make_plan(**change), "plan-001.json")
+    with pytest.raises(DamagedError, match=r"plan-001.json: its \w+ is not that of plan.json: a plan of another store"):
+        read_generations(Folder(tmp_path))
 
 
-@pytest.mark.parametrize(("samples", "classes"), [(1000, 21), (50_000, 144), (9973, 144)])
-def test_no_period_meets_the_dealing(samples: int, classes: int) -> None:
-    """What multiples of the golden section deal badly: 48 rows of one class in a shard, where 5 are its share."""
-    assert _unfairness(samples, 10, np.arange(samples) % classes) <= 6
+def test_the_id_of_one_plan_is_its_own_and_of_several_that_of_all(make_plan: MakePlan) -> None:
+    one, other = make_plan(), make_plan(seed=1)
+    assert store_id([one]) == one.sha256
+    assert store_id([one, other]) == sha256(f"{one.sha256}\n{other.sha256}\n")
+    assert store_id([one, other]) != store_id([other, one])
+
+
+def test_a_shard_has_a_name_within_its_generation(make_plan: MakePlan) -> None:
+    assert list(Generation(0, make_plan()).paths()) == [f"view-000/shard-{shard:05d}.h5" for shard in range(3)]

@@ -5,9 +5,11 @@ import pickle
 import resource
 import shutil
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill_cli.errors import DamagedError, MismatchError
-from distill_cli.store.exact import Rows
-from distill_cli.store.plan import PROBES, Plan, read_manifest
+from distill_cli.store.manifest import Manifest, read_manifest
+from distill_cli.store.place import Folder
+from distill_cli.store.plan import PROBES, Generation, Plan
 from distill_cli.store.reader import Store
+from distill_cli.store.rows import Rows
+from distill_cli.store.shard import Shard
 from distill_cli.store.writer import StoreWriter, check_plan
 
 MakePlan = Callable[..., Plan]
@@ -32,18 +37,29 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _same(one: Rows, other: Rows) -> bool:
-    return all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("class_id", "log_prob", "log_tail")
-    )
+    names = ("class_id", "log_prob", "log_tail", "count")
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+def _checked(path: Path, plan: Plan) -> Manifest | None:
+    return check_plan(path, Generation(0, plan))
+
+
+def _manifest(path: Path, plan: Plan) -> Manifest:
+    found = read_manifest(Folder(path), Generation(0, plan))
+    assert found is not None
+    return found
 
 
 def _expected(plan: Plan, make_rows: MakeRows, view: int, ids: np.ndarray) -> Rows:
     """The rows that were written of some samples, found by brute force."""
     shards = [make_rows(plan, view, shard) for shard in range(plan.shards)]
     at = [int(np.flatnonzero(np.concatenate([rows.sample_id for rows in shards]) == i)[0]) for i in ids]
-    columns = {name: np.concatenate([getattr(rows, name) for rows in shards])[at] for name in vars(shards[0])}
-    half = columns["log_prob"].astype(np.float16)
-    return Rows(ids, columns["class_id"], half, columns["log_tail"].astype(np.float32))
+    names = ("class_id", "log_prob", "log_tail", *(["count"] if plan.form.ragged else []))
+    columns = {name: np.concatenate([getattr(rows, name) for rows in shards])[at] for name in names}
+    columns["log_prob"] = columns["log_prob"].astype(np.float16)
+    columns["log_tail"] = columns["log_tail"].astype(np.float32)
+    return Rows(ids, **columns)
 
 
 @pytest.fixture
@@ -81,17 +97,19 @@ def test_a_new_store_has_its_plan_before_its_shards_and_no_manifest(tmp_path: Pa
     plan = make_plan()
     writer = StoreWriter(tmp_path, plan)
     assert _files(tmp_path) == {"plan.json": plan.text.encode()}
-    assert writer.missing() == [(0, 0), (0, 1), (0, 2)]
+    assert list(writer.missing()) == [(0, 0), (0, 1), (0, 2)]
 
 
 def test_what_a_killed_writer_left_half_written_is_removed(
     tmp_path: Path, make_plan: MakePlan, fill_store: FillStore
 ) -> None:
     fill_store(tmp_path, make_plan(), only=2)
-    (tmp_path / "view-000" / ".tmp-shard-00002.h5").write_bytes(b"half")
-    writer = StoreWriter(tmp_path, make_plan())
-    assert sorted(_files(tmp_path)) == ["plan.json", "view-000/shard-00000.h5", SHARD]
-    assert writer.missing() == [(0, 2)]
+    for name in ("view-000/.tmp-shard-00001.h5", ".tmp-manifest.json"):
+        (tmp_path / name).write_bytes(b"half")
+    assert list(StoreWriter(tmp_path, make_plan()).missing()) == [(0, 2)]
+    fill_store(tmp_path, make_plan())
+    shards = [f"view-000/shard-{shard:05d}.h5" for shard in range(3)]
+    assert sorted(_files(tmp_path)) == ["manifest.json", "plan.json", *shards]
 
 
 def test_a_shard_that_does_not_open_is_written_again(
@@ -99,7 +117,7 @@ def test_a_shard_that_does_not_open_is_written_again(
 ) -> None:
     fill_store(tmp_path, make_plan(), only=2)
     (tmp_path / SHARD).write_bytes((tmp_path / SHARD).read_bytes()[:-1])
-    assert StoreWriter(tmp_path, make_plan()).missing() == [(0, 1), (0, 2)]
+    assert list(StoreWriter(tmp_path, make_plan()).missing()) == [(0, 1), (0, 2)]
 
 
 @pytest.mark.parametrize("only", [1, None])
@@ -120,21 +138,21 @@ def test_other_library_versions_are_the_same_store_only_when_it_is_complete(
     newer = make_plan(software={"torch": "2.8.0"})
     fill_store(tmp_path, make_plan(), only=1)
     with pytest.raises(MismatchError, match=r"software.torch: 2.7.0, 2.8.0"):
-        check_plan(tmp_path, newer)
+        _checked(tmp_path, newer)
     fill_store(tmp_path, make_plan())
-    assert check_plan(tmp_path, newer) == read_manifest(tmp_path, make_plan())
+    assert _checked(tmp_path, newer) == _manifest(tmp_path, make_plan())
 
 
 def test_a_complete_store_that_lost_a_shard_is_unfinished_again(store: Path, make_plan: MakePlan) -> None:
     """The advice of the reader's errors, to run teacher-logits again, must help."""
-    assert check_plan(store, make_plan()) is not None
+    assert _checked(store, make_plan()) is not None
     (store / SHARD).unlink()
-    assert check_plan(store, make_plan()) is None
+    assert _checked(store, make_plan()) is None
 
 
 def test_a_complete_store_with_a_shard_cut_short_is_unfinished_again(store: Path, make_plan: MakePlan) -> None:
     (store / SHARD).write_bytes((store / SHARD).read_bytes()[:100])
-    assert check_plan(store, make_plan()) is None
+    assert _checked(store, make_plan()) is None
 
 
 def test_the_manifest_counts_the_teachers_hits(tmp_path: Path, make_plan: MakePlan) -> None:
@@ -148,7 +166,7 @@ def test_the_manifest_counts_the_teachers_hits(tmp_path: Path, make_plan: MakePl
 
 
 def test_without_labels_the_manifest_claims_no_accuracy(store: Path, make_plan: MakePlan) -> None:
-    manifest = read_manifest(store, make_plan())
+    manifest = _manifest(store, make_plan())
     assert (manifest.top1, manifest.top5) == (None, None)
 
 
@@ -171,7 +189,7 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(
     with pytest.raises(OSError, match=os.strerror(code)):
         writer.write(0, 1, make_rows(writer.plan, 0, 1), PROBE)
     assert _files(tmp_path) == before
-    assert writer.missing() == [(0, 1), (0, 2)]
+    assert list(writer.missing()) == [(0, 1), (0, 2)]
 
 
 @pytest.fixture
@@ -193,13 +211,18 @@ def test_a_really_full_disk_stops_the_writer_and_room_lets_it_go_on(
         fill_store(small_disk, plan)
     there = _files(small_disk)
     assert sorted(there) == ["plan.json", "view-000/shard-00000.h5", "view-000/shard-00001.h5"]
-    assert StoreWriter(small_disk, plan).missing() == [(0, 2), (0, 3)]
+    assert list(StoreWriter(small_disk, plan).missing()) == [(0, 2), (0, 3)]
     subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
     fill_store(small_disk, plan)
-    assert Store(small_disk).manifest.rows == 4000
+    assert Store(small_disk).manifests[0].rows == 4000
 
 
 # The reader.
+
+
+def test_no_samples_have_no_rows(two_views: Store) -> None:
+    rows = two_views.rows(0, np.array([], np.int64))
+    assert (rows.class_id.shape, rows.log_prob.shape, rows.log_tail.shape) == ((0, 3), (0, 3), (0,))
 
 
 @given(st.integers(0, 1), st.lists(st.integers(0, 102), max_size=60))
@@ -212,6 +235,67 @@ def test_rows_come_in_any_order_and_as_often_as_asked(
     assert _same(rows, _expected(two_views.plan, make_rows, view, wanted))
 
 
+KINDS: list[dict[str, Any]] = [{"keep_mass": 0.9}, {"sample": 2, "top_k": 1}]
+
+
+@pytest.fixture(scope="module")
+def ragged(
+    tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan, fill_store: FillStore
+) -> list[tuple[Store, tuple[int, ...]]]:
+    """Stores of ragged rows, 103 samples in 11 shards, and the samples that were skipped."""
+    made = []
+    for kind in KINDS:
+        path, plan = tmp_path_factory.mktemp("ragged"), make_plan(samples=103, shard_rows=10, **kind)
+        skip = (3, 77, *plan.dealing.sample_ids(4).tolist())
+        fill_store(path, plan, skip=skip)
+        made.append((Store(path), skip))
+    return made
+
+
+@given(st.integers(0, len(KINDS) - 1), st.lists(st.integers(0, 102), max_size=60))
+def test_ragged_rows_come_in_any_order_and_as_often_as_asked(
+    ragged: list[tuple[Store, tuple[int, ...]]], make_rows: MakeRows, kind: int, ids: list[int]
+) -> None:
+    store, skip = ragged[kind]
+    wanted = np.array([i for i in ids if i not in skip], np.int64)
+    rows = store.rows(0, wanted)
+    assert _same(rows, _expected(store.plan, make_rows, 0, wanted))
+    assert np.array_equal(rows.count, 1 + wanted % store.plan.form.width)
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_a_ragged_store_without_some_samples_says_so(ragged: list[tuple[Store, tuple[int, ...]]], kind: int) -> None:
+    store, skip = ragged[kind]
+    assert store.manifests[0].skipped == tuple(sorted({*skip}))
+    assert sorted([*store.sample_ids, *{*skip}]) == list(range(103))
+    for sample in skip:
+        with pytest.raises(DamagedError, match="no row"):
+            store.rows(0, np.array([5, sample]))
+
+
+class Counted(Store):
+    """A store that counts the shards that anything holds."""
+
+    def shard(self, view: int, shard: int) -> Shard:
+        opened = super().shard(view, shard)
+        refs = self.__dict__.setdefault("refs", [])
+        refs.append(weakref.ref(opened.rows))
+        self.__dict__["most"] = max(self.__dict__.get("most", 0), sum(ref() is not None for ref in refs))
+        return opened
+
+
+def test_memory_is_bounded_whatever_is_asked_at_once(two_views: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.random.default_rng(0).permutation(np.repeat(np.arange(103), 3))
+    whole, size = two_views.rows(0, ids), two_views.entry(0, 0).bytes
+    for memory, most in ((1, 1), (size * 3, 3)):
+        small = Counted(two_views.place)
+        monkeypatch.setattr(small, "memory", memory)
+        for _ in range(2):
+            assert _same(small.rows(0, ids), whole)
+        assert small.__dict__["most"] == len(small._open) == most
+    assert _same(Store(two_views.place, memory_mb=1).rows(0, ids), whole)
+
+
 def test_a_skipped_sample_has_no_row_and_moves_no_other(
     tmp_path: Path, make_plan: MakePlan, make_rows: MakeRows, fill_store: FillStore
 ) -> None:
@@ -219,7 +303,7 @@ def test_a_skipped_sample_has_no_row_and_moves_no_other(
     skipped = (*plan.dealing.sample_ids(0)[[0, 2]].tolist(), int(plan.dealing.sample_ids(2)[-1]))
     fill_store(tmp_path, plan, skip=skipped)
     store = Store(tmp_path)
-    assert store.manifest.skipped == tuple(sorted(skipped))
+    assert store.manifests[0].skipped == tuple(sorted(skipped))
     assert sorted([*store.sample_ids, *skipped]) == list(range(10))
     ids = store.sample_ids[::-1]
     assert _same(store.rows(0, ids), _expected(plan, make_rows, 0, ids))
@@ -245,8 +329,9 @@ def test_a_sample_beyond_the_data_has_no_row(store: Path, sample: int) -> None:
 
 
 def _read(store: Store, view: int, ids: np.ndarray) -> tuple[Rows, int]:
-    """Rows, and how many shards the store had open before."""
+    """Rows, and how many shards, or files, the store had open before."""
     opened = len(store._open)
+    opened += sum(path.is_symlink() and path.readlink().suffix == ".h5" for path in Path("/proc/self/fd").iterdir())
     return store.rows(view, ids), opened
 
 
@@ -289,7 +374,7 @@ def test_a_store_may_have_more_shards_than_a_process_has_files(
     monkeypatch.setattr(os, "fsync", lambda _: None)
     writer = StoreWriter(tmp_path, make_plan(samples=700, shard_rows=1))
     for view, shard in writer.plan.every_shard():
-        writer.write(view, shard, make_rows(writer.plan, view, shard), PROBE)
+        writer.write(view, shard, make_rows(writer.plan, view, shard), PROBE[:1])
     writer.finish()
     assert other_process.submit(_read_with_640_files, tmp_path, 700).result() == 700
 
@@ -315,7 +400,7 @@ def test_one_flipped_bit_is_noticed_when_its_shard_is_first_asked_for(
     two_views: Store, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("flipped") / "store"
-    shutil.copytree(two_views.path, path)
+    shutil.copytree(str(two_views), path)
     content = bytearray((path / SHARD).read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     (path / SHARD).write_bytes(content)
