@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_cli.store import compact
+from distill_cli.store.codecs import compact
 from distill_cli.store.rows import RowFormat, Rows
 
 KS, BITS, TEMPERATURES = (5, 10, 20, 50, 100, 200), (4, 5, 6, 7, 8, 9), (1, 2, 4)

@@ -123,7 +123,7 @@ def _opened(folder: Path, kind: int, length: int) -> Iterator[IO[str]]:
     path = folder.resolve() / LOCK
     if path in _held:
         # Not even to be opened: closing it again would end the locks that this process has.
-        raise BusyError(f"{folder}: held by {_name()}, this process; wait for it, or choose another --out")
+        raise BusyError(f"{folder}: held by this process; wait for it, or choose another --out")
     deadline = time.monotonic() + WAIT_S
     while True:
         with path.open("a+") as file:
@@ -148,12 +148,8 @@ def _opened(folder: Path, kind: int, length: int) -> Iterator[IO[str]]:
 
 
 def _sign(file: IO[str]) -> None:
-    file.write(f"{_name()}\n")
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-
-
-def _name() -> str:
-    return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def _names(file: IO[str]) -> str:

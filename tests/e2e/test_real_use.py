@@ -88,7 +88,7 @@ def test_a_store_of_other_pixels_is_refused(store, folder, tmp_path):
 
     copy = tmp_path / "images"
     shutil.copytree(folder, copy)
-    first = int(Store(store).shard(0, 0).rows.sample_id[0])
+    first = int(Store(store).ids(0, 0)[0])
     key = open_train(DataConfig(path=str(copy))).keys[first]
     open_sample("val").read(0).transpose(0).save(copy / "train" / key)
     _, err = run("train", *SMALL_STUDENT, "--store", store, "--data", copy, "--out", tmp_path / "run", code=3)

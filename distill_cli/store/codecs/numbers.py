@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_cli.store.rans import SYMBOLS, Ints, symbols
+from distill_cli.store.codecs.rans import SYMBOLS, Ints, symbols
 from distill_cli.store.rows import RowFormat, Rows
 
 POWER = 0.4

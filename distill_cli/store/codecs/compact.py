@@ -14,7 +14,7 @@ Steps uniform in p^0.5 are the best at T = 1, for KL = sum p (d log p)^2 / 2; 0.
 **Entries** go by class id, as gaps. The smallest level of a row comes first: it says how flat the row is, and is the
 context of all others, which are coded as what they exceed it by. The context of a gap is the two gaps before it.
 
-**Coder.** `distill_cli.store.rans`, one a row, frequencies of the shard. docs/store-format.md has every number.
+**Coder.** `distill_cli.store.codecs.rans`, one a row, frequencies of the shard. docs/store-format.md has every number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from distill_cli.store.numbers import (
+from distill_cli.store.codecs.numbers import (
     CENTRES,
     CONTEXTS,
     COUNT,
@@ -44,8 +44,8 @@ from distill_cli.store.numbers import (
     row_class_of,
     scale_of,
 )
-from distill_cli.store.rans import PRECISION, SYMBOLS, TOTAL, Decoder, Encoder, Ints, Tables, frequencies
-from distill_cli.store.rans import symbols as symbols_of
+from distill_cli.store.codecs.rans import PRECISION, SYMBOLS, TOTAL, Decoder, Encoder, Ints, Tables, frequencies
+from distill_cli.store.codecs.rans import symbols as symbols_of
 from distill_cli.store.rows import RowFormat, Rows
 
 NAMES = ("map", "symbols", "freq", "centre", "length", "rows")

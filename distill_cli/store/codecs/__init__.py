@@ -6,7 +6,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_cli.store import compact, exact
+from distill_cli.store.codecs import compact, exact
 from distill_cli.store.rows import RowFormat, Rows, Taken
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from distill_cli.store import compact
-from distill_cli.store.numbers import CENTRES, SLACK
+from distill_cli.store.codecs import compact
+from distill_cli.store.codecs.numbers import CENTRES, SLACK
 from distill_cli.store.rows import RowFormat, Rows
 
 Datasets = Mapping[str, NDArray[Any]]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill_cli.store import exact
+from distill_cli.store.codecs import exact
 from distill_cli.store.rows import RowFormat, Rows
 
 Arrays = dict[str, np.ndarray]
