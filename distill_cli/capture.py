@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_cli.data import open_train
+from distill_cli.data.images import printable
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.sources import Source, check_classes, fingerprint
 from distill_cli.data.views import DEFAULTS, View, resolve_view, train_transform
@@ -70,7 +71,7 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
         UsageError, MismatchError: they do not fit each other, or the recipe.
     """
     report.stage("opening the data")
-    source = open_train(recipe.data)
+    source = open_train(recipe.data, report)
     report.stage(f"{len(source)} images; loading the teacher")
     teacher = load_frozen(recipe.teacher)
     check_classes(source, f"teacher {recipe.teacher.name}", teacher.num_classes, teacher.classes)
@@ -360,7 +361,7 @@ class _Sink:
         if taught.copied is not None:
             taught.copied.synchronize()
         if not taught.finite.all():
-            key = self.capture.source.keys[int(taught.batch.sample_ids[~taught.finite.numpy()][0])]
+            key = printable(self.capture.source.keys[int(taught.batch.sample_ids[~taught.finite.numpy()][0])])
             raise DistillError(
                 f"teacher {self.capture.teacher.name}: output for {key} (view {taught.batch.view}) is not finite; "
                 "look at its weights, or use --precision fp32"

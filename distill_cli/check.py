@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from distill_cli.capture import Capture, CaptureOrder, logits_of, rows_of
 from distill_cli.data import open_train
+from distill_cli.data.images import printable
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.sources import Source
 from distill_cli.data.views import stored_view, train_transform
@@ -185,7 +186,7 @@ def _open(recipe: Recipe, store: Store, world: World, report: Report) -> list[Ca
         MismatchError: the teacher, the data or their view are not the store's; both sides are named.
     """
     report.stage("opening the data")
-    source = open_train(recipe.data)
+    source = open_train(recipe.data, report)
     check_data(store, source)
     report.stage(f"{len(source)} images; loading the teacher")
     teacher = load_frozen(recipe.teacher)
@@ -330,7 +331,7 @@ class _Sums:
         same_draws = round(100 * self.same_draws / self.draws, 3) if self.draws else None
         passed = not self.rows_beyond and (same_draws is None or same_draws >= SAME_DRAWS)
         difference, view, sample_id, causes = self.worst
-        worst = f"view {view} of {source.keys[sample_id]} ({', '.join(causes)}; by {difference:.3g})"
+        worst = f"view {view} of {printable(source.keys[sample_id])} ({', '.join(causes)}; by {difference:.3g})"
         share = lambda count: round(100 * count / max(1, self.rows), 3)  # noqa: E731
         return Summary(
             status="ok" if passed else "differs",

@@ -183,11 +183,11 @@ def _open(recipe: Recipe, run: str | None, world: World, report: Report) -> _Eva
     origins: dict[str, str] = {}
     if run is not None and recipe.data.path is None and recipe.data.val is None:
         there = load_recipe(str(Path(run) / RECIPE)).recipe.data
-        settled = {"data.path": there.path, "data.val": there.val, "data.labelled": there.labelled}
+        settled = {f"data.{name}": getattr(there, name) for name in ("path", "val", "root", "labelled")}
         recipe, origins = update(recipe, settled), dict.fromkeys(settled, "run")
-    source, split = open_val(recipe.data), "val"
+    source, split = open_val(recipe.data, report), "val"
     if source is None:
-        source, split = open_train(recipe.data), "train"
+        source, split = open_train(recipe.data, report), "train"
     store = open_store(recipe.store)
     if source.labels is None and store is None:
         raise UsageError(

@@ -107,8 +107,8 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
         UsageError, MismatchError, DamagedError: they do not fit each other; both sides are named.
     """
     report.stage("opening the data")
-    source = open_train(recipe.data)
-    val = open_val(recipe.data)
+    source = open_train(recipe.data, report)
+    val = open_val(recipe.data, report)
     store = open_store(recipe.store)
     if recipe.student.name is None:
         raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')

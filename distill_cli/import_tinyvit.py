@@ -91,7 +91,7 @@ def import_tinyvit(
     """
     report, start = report or Report(), time.monotonic()
     report.stage("opening the data")
-    source = open_train(recipe.data)
+    source = open_train(recipe.data, report)
     epochs = tinyvit.epochs(folder)
     classes = _classes(folder, source, num_classes, epochs[0].k)
     names = open_names(source, keys, epochs[0])

@@ -35,6 +35,9 @@ NO_IDENTITY = (
     "store.",
     "data.path",
     "data.val",
+    "data.root",
+    "data.cache_listing",
+    "data.cache_gb",
     "train.log_every",
     "train.save_every",
 )

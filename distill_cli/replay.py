@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from distill_cli.data.images import printable
 from distill_cli.data.sources import Source, check_classes, fingerprint
 from distill_cli.data.views import Transform, check_replayable
 from distill_cli.errors import MismatchError
@@ -61,7 +62,7 @@ def prove_shard(store: Store, view: int, shard: int, source: Source, transform: 
             found = transform.draw([source.read(sample_id)], seed, drawn, [sample_id]).checksum(0)
         if found != expected:
             raise MismatchError(
-                f"store {store}: view {view} of {source.keys[sample_id]} does not replay to the pixels that "
+                f"store {store}: view {view} of {printable(source.keys[sample_id])} does not replay to the pixels that "
                 f"the teacher saw; {_cause(plan.software)}"
             )
     return len(opened.probe_crc)

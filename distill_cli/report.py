@@ -41,8 +41,8 @@ class Report:
         self._print(f"warning: {text}")
 
     @contextmanager
-    def progress(self, label: str, total: int, done: int = 0, unit: str = "images") -> Iterator[Progress]:
-        """Show progress towards `total`; `done` of it was done by an earlier attempt."""
+    def progress(self, label: str, total: int | None, done: int = 0, unit: str = "images") -> Iterator[Progress]:
+        """Show progress towards `total`, if it is known; `done` of it was done by an earlier attempt."""
         if self.quiet:
             yield _Silent()
         elif self.stream.isatty():
@@ -69,7 +69,7 @@ class _Silent:
 class _Lines:
     """A line now and then, with rate and time left: for logs of cron jobs and pipes."""
 
-    def __init__(self, label: str, total: int, done: int, unit: str, stream: TextIO) -> None:
+    def __init__(self, label: str, total: int | None, done: int, unit: str, stream: TextIO) -> None:
         self.label, self.total, self.unit, self.stream = label, total, unit, stream
         self.done, self.skipped = done, done
         self.start = self.spoken = time.monotonic()
@@ -77,17 +77,14 @@ class _Lines:
     def advance(self, count: int, note: str = "") -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.spoken < LINE_EVERY_S and self.done < self.total:
+        if now - self.spoken < LINE_EVERY_S and self.done != self.total:
             return
         self.spoken = now
         rate = (self.done - self.skipped) / max(now - self.start, 1e-9)
-        left = _clock((self.total - self.done) / max(rate, 1e-9))
-        print(
-            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.0f} {self.unit}/s, {left} left"
-            + (f", {note}" if note else ""),
-            file=self.stream,
-            flush=True,
-        )
+        of = "" if self.total is None else f"/{self.total}"
+        left = "" if self.total is None else f", {_clock((self.total - self.done) / max(rate, 1e-9))} left"
+        said = f"{self.label}: {self.done}{of} {self.unit}, {rate:.0f} {self.unit}/s{left}"
+        print(said + (f", {note}" if note else ""), file=self.stream, flush=True)
 
 
 class _Bar:

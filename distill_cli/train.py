@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoints, load_checkpoint, save_checkpoint
+from distill_cli.data import absolute
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
@@ -307,9 +308,12 @@ def _numbers(accuracy: Accuracy) -> dict[str, float]:
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """So that `eval RUN` finds the data from any folder."""
-    paths = {"data.path": recipe.data.path, "data.val": recipe.data.val, "store.path": recipe.store.path}
-    places = {key: path for key, path in paths.items() if path and path != "sample" and "://" not in path}
-    return update(recipe, {key: str(Path(path).resolve()) for key, path in places.items()})
+    data, store = recipe.data, recipe.store.path
+    places = {f"data.{key}": getattr(data, key) for key in ("path", "val", "root")}
+    settled = {key: absolute(place) for key, place in places.items() if place}
+    if store and "://" not in store:
+        settled["store.path"] = str(Path(store).resolve())
+    return update(recipe, settled)
 
 
 def _finished(setup: Experiment, out: Path) -> Summary | None:

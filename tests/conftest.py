@@ -22,6 +22,15 @@ settings.load_profile("distill")
 CLASSES = ("boot", "coat", "shirt")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from or written to the cache of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def images() -> ArraySource:
     """The shipped sample's 2,000 validation images."""

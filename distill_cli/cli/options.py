@@ -29,7 +29,12 @@ Sets = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set any recipe value; repeatable, after the recipe."),
 ]
 Data = Annotated[
-    str | None, typer.Option("--data", metavar="DATA", help="A folder of images, an IDX folder, or `sample`.")
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="A folder, list, HDF5 or IDX of images; `wds:TARS`, `hf:DIR`, `timm:NAME`, or `sample`.",
+    ),
 ]
 Student = Annotated[
     str | None,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from distill_cli.data.keys import Numbers
 from distill_cli.errors import UsageError
 
 IMAGES, LABELS = "-images-idx3-ubyte", "-labels-idx1-ubyte"
@@ -31,7 +32,7 @@ class ArraySource:
 
     @property
     def keys(self) -> Sequence[str]:
-        return [str(index) for index in range(len(self))]
+        return Numbers(len(self))
 
     def read(self, sample_id: int) -> Image.Image:
         return Image.fromarray(self.images[sample_id]).convert("RGB")

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from distill_cli.errors import DistillError, MismatchError
+from distill_cli.data.images import UnreadableImage
+from distill_cli.data.keys import keys_sha256
+from distill_cli.errors import MismatchError
 from distill_cli.files import sha256
 
-
-class UnreadableImage(DistillError):
-    """One image cannot be decoded; `--skip-unreadable` goes on without it."""
+__all__ = ["Source", "UnreadableImage", "check_classes", "fingerprint", "num_classes", "without_labels"]
 
 
 class Source(Protocol):
@@ -56,8 +56,7 @@ def fingerprint(source: Source) -> dict[str, str | None]:
     It covers names, not pixels; the checksums of a store's first inputs cover those.
     """
     labels = None if source.labels is None else sha256(source.labels.astype("<i8").tobytes())
-    keys = "\n".join(source.keys).encode(errors="surrogateescape")
-    return {"keys_sha256": sha256(keys), "labels_sha256": labels}
+    return {"keys_sha256": keys_sha256(source.keys), "labels_sha256": labels}
 
 
 def check_classes(source: Source, what: str, num_classes: int, classes: tuple[str, ...] | None) -> None:

@@ -33,9 +33,15 @@ class DataConfig:
     """Where the images are and what their views are; a field left out comes from the store, else from the model."""
 
     path: str | None = None
-    """`--data`: a folder, an IDX folder, or `sample`."""
+    """`--data`: a folder, an IDX folder, a list, an HDF5 file, `wds:…`, `hf:…`, `timm:…`, or `sample`."""
     val: str | None = None
-    """Another folder to validate on, where `path` has no validation split."""
+    """Other data to validate on, where `path` has no validation split."""
+    root: str | None = None
+    """Of a list: what its paths are relative to; of `timm:NAME`: where the data set lies."""
+    cache_listing: bool = True
+    """Keep the listing of a large tree, and the index of tars, in the user's cache."""
+    cache_gb: PositiveFloat | None = None
+    """Bound of the tars that are fetched from URLs; what was not read for longest goes first. By default none."""
     labelled: bool = True
     """False: ignore the classes of the data (a teacher of other classes, unlabelled folders)."""
     skip_unreadable: bool = False

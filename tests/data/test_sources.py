@@ -120,7 +120,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("nowhere", "no such folder"), ("a.png", "is a file"), ("wds:x", "not read")]
+    ("path", "message"), [("nowhere", "no such folder or file"), ("a.png", "is a file"), ("hf:x", "no such folder")]
 )
 def test_what_is_no_folder_is_refused(
     draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distill_cli import server
 from distill_cli.errors import DamagedError, DistillError, UsageError
-from distill_cli.store import open_place, remote
+from distill_cli.store import open_place
 from distill_cli.store.config import StoreConfig
 from distill_cli.store.plan import Plan
 from distill_cli.store.reader import Store
@@ -114,7 +115,7 @@ def test_what_is_not_there_is_told_as_of_a_folder(served: Served, tmp_path: Path
 
 
 def test_a_server_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAIT_S", 0)
+    monkeypatch.setattr(server, "WAIT_S", 0)
     with pytest.raises(DistillError, match=r"http://127\.0\.0\.1:9/plan\.json: cannot be read \(.*\); look at the net"):
         Store(Remote("http://127.0.0.1:9", tmp_path))
 
@@ -130,7 +131,7 @@ def test_a_path_is_a_folder_and_a_url_is_fetched(tmp_path: Path) -> None:
     assert str(open_place("stores/a")) == "stores/a"
     place = open_place("s3://bucket/a/", StoreConfig(cache=str(tmp_path), cache_gb=2))
     assert isinstance(place, Remote)
-    assert (str(place), place.cache, place.cache_bytes) == ("s3://bucket/a", tmp_path, 2e9)
+    assert (str(place), place.shards.folder, place.shards.most_bytes) == ("s3://bucket/a", tmp_path, 2e9)
     assert pickle.loads(pickle.dumps(place)).url == place.url
 
 

@@ -1,0 +1,80 @@
+"""Encoded images -> RGB, whatever they are; what is no image is one line that names it."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from distill_cli.errors import DistillError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class UnreadableImage(DistillError):
+    """One image cannot be decoded; `--skip-unreadable` goes on without it."""
+
+
+def read_file(path: Path) -> Image.Image:
+    """Decode an image file.
+
+    Raises:
+        UnreadableImage: it cannot be read or is no image.
+    """
+    try:
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    with file:
+        return decode(file, path)
+
+
+def decode(file: IO[bytes], name: object) -> Image.Image:
+    """The first frame of an encoded image as RGB, as Pillow has it: EXIF rotation is not applied.
+
+    Raises:
+        UnreadableImage: it is no image, is cut short or damaged, or has more pixels than Pillow takes for harmless.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata, and of half the size that it refuses.
+            warnings.simplefilter("ignore")
+            with Image.open(file) as image:
+                return as_rgb(image)
+    except Exception as error:
+        # Pillow's plugins let through whatever a damaged file makes them stumble over.
+        raise unreadable(name, error) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any kind of image; Pillow itself clips 16 bits to 8, where the high byte is meant."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def unreadable(name: object, error: Exception | str) -> UnreadableImage:
+    """The one line about an image that cannot be had."""
+    if isinstance(error, UnidentifiedImageError):
+        error = "it is empty or no image that Pillow knows"
+    elif isinstance(error, OSError) and error.strerror:
+        error = error.strerror.lower()
+    reason = " ".join(str(error).replace(str(name), "the file").split()) or type(error).__name__
+    return UnreadableImage(
+        f"{printable(name)}: cannot be decoded ({reason}); replace it, or go on without it by --skip-unreadable"
+    )
+
+
+def printable(name: object) -> str:
+    """A name as one line: newlines and what no terminal shows as escapes."""
+    text = str(name)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # A pipe in a file's place would keep the loader waiting for ever.
+    return os.open(path, flags | os.O_NONBLOCK)
