@@ -257,7 +257,7 @@ def _batches(opened: _Evaluation, world: World) -> Iterator[Batch]:
 def _stored_batches(opened: _Evaluation, store: Store, world: World) -> Iterator[Batch]:
     """The store's rows of view 0 with the inputs that the teacher saw."""
     assert opened.stored is not None
-    transform = train_transform(stored_view(DataConfig(), store.plan.transform))
+    transform = train_transform(stored_view(DataConfig(), store.plan.transform, f"store {store}"))
     prove_replay(store, opened.stored, transform)
     order = ListingOrder(store.sample_ids, opened.recipe.eval.batch_size, world.rank, world.size)
     batches = Batches(opened.stored, transform, order, drawn=store.drawn, rows=SparseRows(store))

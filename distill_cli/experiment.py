@@ -1,6 +1,6 @@
 """An experiment: recipe, store, data and student, opened, checked against each other, and with nothing left open."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -121,7 +121,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
         recipe.student.name, num_classes=classes, arguments=arguments, pretrained=recipe.student.pretrained
     )
     if store is not None:
-        view = stored_view(recipe.data, store.plan.transform)
+        view = stored_view(recipe.data, store.plan.transform, f"store {store}")
     else:
         view = resolve_view(recipe.data, input_config(student, size))
     check_forward(student, recipe.student.name, view.image_size)
@@ -143,7 +143,7 @@ def _settle(
     warmup = epochs / 20 if train.warmup_epochs is None else train.warmup_epochs
     objective = recipe.objective.name if recipe.objective else "tinyvit" if store else "supervised"
     own = DEFAULTS.keys() if store is None else ()
-    decided = {f"data.{name}": ("default" if name in own else by, value) for name, value in asdict(view).items()} | {
+    decided = {f"data.{name}": ("default" if name in own else by, value) for name, value in view.table.items()} | {
         "objective.name": ("store" if store else "no store", objective),
         "student.num_classes": ("store" if store else "data", classes),
         "student.img_size": (by, view.image_size),

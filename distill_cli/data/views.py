@@ -5,25 +5,30 @@ torchvision replays without anything stored. (TinyViT stores a seed a sample and
 vendored transforms, which misses those that draw elsewhere; FKD stores crop boxes and knows no other transform.)
 """
 
-import random
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import Field, ValidationError
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
 
 from distill_cli.config import Colour, Fraction, Natural, NonNegative, Positive, PositiveFloat, Range, section
-from distill_cli.errors import MismatchError
+from distill_cli.data.crops import PadCrop, SimpleCrop, evaluated
+from distill_cli.data.policies import TRIVIAL, Trivial
+from distill_cli.errors import MismatchError, UsageError
 from distill_cli.randomness import derive, seed_everything
 
-Augment = Literal["none", "rrc", "pad-crop"]
+Augment = Literal["none", "rrc", "pad-crop", "src"]
+Interpolation = Literal["bilinear", "bicubic", "nearest", "random"]
+Hue = Annotated[float, Field(ge=0, le=0.5)]
+Jitter = NonNegative | tuple[NonNegative, NonNegative, NonNegative] | tuple[NonNegative, NonNegative, NonNegative, Hue]
 SMALL = 32
 """Up to this side in pixels an image is small: padded and cropped rather than zoomed into, and evaluated whole."""
 
@@ -41,13 +46,14 @@ class DataConfig:
     skip_unreadable: bool = False
     """Go on without images that cannot be decoded, and count them."""
     augment: Augment | None = None
-    """`none` (the model's own evaluation transform), `rrc` (random resized crop) or `pad-crop`; by default `pad-crop`
-    up to 32 px and `rrc` above, as TinyViT does."""
+    """`none` (the model's own evaluation transform), `rrc` (random resized crop), `src` (DeiT III's simple random
+    crop) or `pad-crop`; by default `pad-crop` up to 32 px and `rrc` above, as TinyViT does."""
     image_size: Positive | None = None
     """Pixels of a side of the model's input."""
     mean: Colour | None = None
     std: Colour | None = None
-    interpolation: Literal["bilinear", "bicubic", "nearest"] | None = None
+    interpolation: Interpolation | None = None
+    """`random` draws bilinear or bicubic for each image, as timm's training does, and evaluates by bicubic."""
     crop_pct: PositiveFloat | None = None
     """Evaluation: the share of the resized image's side that the centre crop keeps."""
     scale: Range | None = None
@@ -55,20 +61,33 @@ class DataConfig:
     ratio: Range | None = None
     """`rrc`: width over height of a crop; (3/4, 4/3)."""
     padding: Natural | None = None
-    """`pad-crop`: pixels of zero around the image before the crop; 2."""
+    """Pixels around the image before the crop: black ones of `pad-crop`, 2; mirrored ones of `src`, 4."""
     hflip: Fraction | None = None
-    """Probability of a horizontal flip, with either crop; 0.5."""
-    color_jitter: NonNegative | None = None
-    """Strength of brightness, contrast and saturation jitter; 0. Not used beside `auto_augment`, as in timm."""
+    """Probability of a horizontal flip, with any crop; 0.5."""
+    color_jitter: Jitter | None = None
+    """Strength of brightness, contrast and saturation jitter; 0. Three numbers tell them apart, a fourth is hue. Not
+    used beside `auto_augment` other than timm's `3a`, as in timm."""
     auto_augment: str | None = None
-    """timm's string of a policy, such as `rand-m9-mstd0.5-inc1`; empty for none."""
+    """timm's string of a policy, such as `rand-m9-mstd0.5-inc1`, or `trivial` for torchvision's TrivialAugmentWide;
+    empty for none."""
     reprob: Fraction | None = None
     """Probability of random erasing, in pixel mode; 0."""
+    vflip: Fraction | None = None
+    """Probability of a vertical flip; 0."""
+    color_jitter_prob: Fraction | None = None
+    """Probability of the colour jitter; 1."""
+    grayscale_prob: Fraction | None = None
+    """Probability of taking the colours away; 0."""
+    gaussian_blur_prob: Fraction | None = None
+    """Probability of torchvision's Gaussian blur of 23 px; 0."""
 
 
 @section
 class View:
-    """A resolved view: all that decides the pixels of a model's input. It stands in a store's plan."""
+    """A resolved view: all that decides the pixels of a model's input. It stands in a store's plan.
+
+    The fields with a default have come since the first stores.
+    """
 
     augment: Augment
     image_size: Positive
@@ -80,9 +99,24 @@ class View:
     ratio: Range
     padding: Natural
     hflip: Fraction
-    color_jitter: NonNegative
+    color_jitter: Jitter
     auto_augment: str
     reprob: Fraction
+    vflip: Fraction = 0.0
+    color_jitter_prob: Fraction = 1.0
+    grayscale_prob: Fraction = 0.0
+    gaussian_blur_prob: Fraction = 0.0
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """As it stands in a plan: a field that has come since is left out at its default, so that an old plan and a
+        new one of the same view are the same."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            field.name: list(values[field.name]) if isinstance(values[field.name], tuple) else values[field.name]
+            for field in fields(self)
+            if field.default is MISSING or values[field.name] != field.default
+        }
 
 
 DEFAULTS = {
@@ -109,23 +143,47 @@ def resolve_view(config: DataConfig, model: Mapping[str, Any]) -> View:
     own = {name: model[name] for name in ("mean", "std", "interpolation", "crop_pct")}
     size = config.image_size or int(model["input_size"][-1])
     own |= {"image_size": size, "augment": "pad-crop" if size <= SMALL else "rrc"}
-    return View(**{**DEFAULTS, **own, **said(config)})
+    if config.augment == "src":
+        own["padding"] = 4
+    view = View(**{**DEFAULTS, **own, **said(config)})
+    _check_policy(view)
+    return view
 
 
-def stored_view(config: DataConfig, transform: Mapping[str, Any]) -> View:
+def read_view(transform: Mapping[str, Any], where: str = "the store") -> View:
+    """The view that a store's plan states.
+
+    Raises:
+        MismatchError: it states something that this program does not know, or lacks something.
+    """
+    try:
+        return View(**transform)
+    except ValidationError as error:
+        name = str(error.errors(include_url=False)[0]["loc"][0])
+        found = f"has {name} {transform[name]!r}" if name in transform else f"has no {name}"
+        raise MismatchError(
+            f"{where}: its transform {found}, which this program cannot replay; update distill"
+        ) from error
+
+
+def stored_view(config: DataConfig, transform: Mapping[str, Any], where: str = "the store") -> View:
     """The view of a store, once the recipe says nothing else.
 
     Raises:
         MismatchError: the recipe asks for other views than the store has; both values are named.
     """
-    view = View(**transform)
-    stored = asdict(view)
-    for name, value in said(config).items():
-        if value != stored[name]:
-            raise MismatchError(
-                f"data.{name}: {value} asked, the store has {stored[name]}; leave it out, or write a store with it"
-            )
+    view = read_view(transform, where)
+    _check_same(config, view, [field.name for field in fields(View)])
     return view
+
+
+def _check_same(config: DataConfig, view: View, names: Sequence[str]) -> None:
+    for name, value in said(config).items():
+        if name in names and value != getattr(view, name):
+            raise MismatchError(
+                f"data.{name}: {value} asked, the store has {getattr(view, name)}; leave it out, or write a store "
+                "with it"
+            )
 
 
 def check_replayable(where: str, transform: Mapping[str, Any]) -> None:
@@ -225,25 +283,12 @@ class Transform:
         return Box(top, left, canvas[:, top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].clone())
 
 
-class PadCrop:
-    """A crop of `size` px from the image with `padding` px of black around it: the augmentation of small images."""
-
-    def __init__(self, size: int, padding: int, interpolation: str) -> None:
-        self.size, self.padding = size, padding
-        self.resize = transforms.Resize((size, size), transforms.InterpolationMode(interpolation))
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        image = image if image.size == (self.size, self.size) else self.resize(image)
-        x, y = (random.randint(-self.padding, self.padding) for _ in range(2))
-        return image.crop((x, y, x + self.size, y + self.size))
-
-
 def eval_transform(view: View) -> Transform:
     """Resize and centre crop, as timm evaluates."""
     pixels = create_transform(
         view.image_size,
         is_training=False,
-        interpolation=view.interpolation,
+        interpolation=evaluated(view.interpolation),
         crop_pct=view.crop_pct,
         normalize=False,
     )
@@ -251,22 +296,57 @@ def eval_transform(view: View) -> Transform:
 
 
 def train_transform(view: View) -> Transform:
-    """The view's augmentation: timm's, and `PadCrop` for small images."""
+    """The view's augmentation: timm's, but for the crops that it lacks and TrivialAugment."""
     if view.augment == "none":
         return eval_transform(view)
-    pixels = create_transform(
+    crop, secondary, final = _pipeline(view)
+    if view.augment != "rrc":
+        crop[0] = _crop(view)
+    erase = RandomErasing(view.reprob, mode="pixel", device="cpu") if view.reprob else None
+    return Transform(transforms.Compose([*crop, *secondary, *final]), view.mean, view.std, erase)
+
+
+def _pipeline(view: View) -> tuple[list[Any], list[Any], list[Any]]:
+    """timm's transforms in three groups: crop and flips; policy and colours; to a tensor."""
+    trivial = view.auto_augment == TRIVIAL
+    groups = create_transform(
         view.image_size,
         is_training=True,
         scale=view.scale,
         ratio=view.ratio,
         hflip=view.hflip,
-        color_jitter=view.color_jitter or None,  # type: ignore[arg-type]
-        auto_augment=view.auto_augment or None,
+        vflip=view.vflip,
+        color_jitter=None if trivial else view.color_jitter or None,  # type: ignore[arg-type]
+        color_jitter_prob=view.color_jitter_prob if view.color_jitter_prob < 1 else None,
+        grayscale_prob=view.grayscale_prob,
+        gaussian_blur_prob=view.gaussian_blur_prob,
+        auto_augment=None if trivial else view.auto_augment or None,
         interpolation=view.interpolation,
         mean=view.mean,
         normalize=False,
+        separate=True,
     )
-    if view.augment == "pad-crop":
-        pixels.transforms[0] = PadCrop(view.image_size, view.padding, view.interpolation)
-    erase = RandomErasing(view.reprob, mode="pixel", device="cpu") if view.reprob else None
-    return Transform(pixels, view.mean, view.std, erase)
+    crop, secondary, final = (list(group.transforms) for group in groups)
+    if trivial:
+        secondary.insert(0, Trivial(evaluated(view.interpolation)))
+    return crop, secondary, final
+
+
+def _crop(view: View) -> Any:
+    kind = {"pad-crop": PadCrop, "src": SimpleCrop}[view.augment]
+    return kind(view.image_size, view.padding, view.interpolation)
+
+
+def _check_policy(view: View) -> None:
+    """
+    Raises:
+        UsageError: `auto_augment` is no policy.
+    """
+    try:
+        _pipeline(view)
+    except (AssertionError, ValueError, KeyError) as error:
+        reason = f" ({error})" if str(error) else ""
+        raise UsageError(
+            f"data.auto_augment: {view.auto_augment!r} is no policy of timm{reason}; give one such as "
+            f"rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, original or v0, or {TRIVIAL!r}"
+        ) from error
