@@ -55,7 +55,8 @@ def capture(tmp_path: Path, view: View, make_plan: MakePlan, make_rows: MakeRows
         }
         plan = make_plan(num_classes=3, views=2, shard_rows=6, **{**values, **changes})
         (tmp_path / "store").mkdir()
-        writer, transform = StoreWriter(tmp_path / "store", plan), train_transform(view)
+        writer = StoreWriter(tmp_path / "store", plan)
+        transform = train_transform(stored_view(DataConfig(), plan.transform))
         for number, shard in plan.every_shard():
             rows = make_rows(plan, number, shard, skip)
             first = rows.sample_id[:PROBES].tolist()
