@@ -35,6 +35,7 @@ NO_IDENTITY = (
     "store.",
     "data.path",
     "data.val",
+    "data.input",
     "train.log_every",
     "train.save_every",
 )

@@ -8,7 +8,7 @@ vendored transforms, which misses those that draw elsewhere; FKD stores crop box
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,12 +16,13 @@ from PIL import Image
 from pydantic import Field, ValidationError
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybePILToTensor
 from torch import Tensor
 from torchvision import transforms
 
 from distill_cli.config import Colour, Fraction, Natural, NonNegative, Positive, PositiveFloat, Range, section
-from distill_cli.data.crops import PadCrop, SimpleCrop, evaluated
-from distill_cli.data.policies import TRIVIAL, Trivial
+from distill_cli.data.crops import RANDOM, CentreCrop, Elsewhere, PadCrop, SimpleCrop, evaluated
+from distill_cli.data.policies import TRIVIAL, Trivial, in_proportion
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.randomness import derive, seed_everything
 
@@ -48,6 +49,10 @@ class DataConfig:
     augment: Augment | None = None
     """`none` (the model's own evaluation transform), `rrc` (random resized crop), `src` (DeiT III's simple random
     crop) or `pad-crop`; by default `pad-crop` up to 32 px and `rrc` above, as TinyViT does."""
+    input: Literal["teacher", "student"] | None = None
+    """`student`: what is left out of a student's image size, mean, std, interpolation and crop_pct is the student's
+    own; by default it is what the teacher of its store saw. The crops and all that is drawn are the store's in either
+    case."""
     image_size: Positive | None = None
     """Pixels of a side of the model's input."""
     mean: Colour | None = None
@@ -130,6 +135,9 @@ DEFAULTS = {
 }
 
 
+SEEN = ("image_size", "mean", "std", "interpolation", "crop_pct")
+"""The fields of a view in which a student may differ from its teacher: how the two look, not where."""
+
 IMPORTED = "tinyvit"
 """What a plan's transform says for its `augment` where the rows were imported."""
 
@@ -140,14 +148,18 @@ def resolve_view(config: DataConfig, model: Mapping[str, Any]) -> View:
     Args:
         model: timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct`.
     """
-    own = {name: model[name] for name in ("mean", "std", "interpolation", "crop_pct")}
-    size = config.image_size or int(model["input_size"][-1])
-    own |= {"image_size": size, "augment": "pad-crop" if size <= SMALL else "rrc"}
+    own = own_input(model)
+    own["augment"] = "pad-crop" if (config.image_size or own["image_size"]) <= SMALL else "rrc"
     if config.augment == "src":
         own["padding"] = 4
     view = View(**{**DEFAULTS, **own, **said(config)})
     _check_policy(view)
     return view
+
+
+def own_input(model: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's description of a model's input in the fields of a view."""
+    return {"image_size": int(model["input_size"][-1])} | {name: model[name] for name in SEEN if name in model}
 
 
 def read_view(transform: Mapping[str, Any], where: str = "the store") -> View:
@@ -175,6 +187,29 @@ def stored_view(config: DataConfig, transform: Mapping[str, Any], where: str = "
     view = read_view(transform, where)
     _check_same(config, view, [field.name for field in fields(View)])
     return view
+
+
+def student_view(config: DataConfig, taught: View, own: Mapping[str, Any]) -> View:
+    """What a student sees of its teacher's views: the same places and draws, at its own size and in its own colours.
+
+    Args:
+        taught: what the teacher saw, as the store has it.
+        own: the student's `SEEN`, of which the recipe may say others.
+
+    Raises:
+        MismatchError: the recipe asks for other draws than the store has; both values are named.
+    """
+    _check_same(config, taught, [field.name for field in fields(View) if field.name not in SEEN])
+    asked = {name: value for name, value in said(config).items() if name in SEEN}
+    values = {name: own[name] for name in SEEN} | asked
+    if (values["interpolation"] == RANDOM) != (taught.interpolation == RANDOM):
+        if "interpolation" in asked:
+            raise MismatchError(
+                f"data.interpolation: {asked['interpolation']} asked, the store has {taught.interpolation}: one is "
+                "drawn and the other is not, so that all draws behind it would differ; leave it out"
+            )
+        values["interpolation"] = taught.interpolation
+    return replace(taught, **values)
 
 
 def _check_same(config: DataConfig, view: View, names: Sequence[str]) -> None:
@@ -214,6 +249,15 @@ class Box:
     noise: Tensor
     """float32 `[3, height, width]`, in normalised units."""
 
+    def scaled(self, ratio: float) -> "Box":
+        """The box in an image of another size, its edges rounded, its noise drawn anew."""
+        height, width = self.noise.shape[1:]
+        (top, bottom), (left, right) = (
+            (round(start * ratio), round((start + length) * ratio))
+            for start, length in ((self.top, height), (self.left, width))
+        )
+        return Box(top, left, torch.randn(3, max(1, bottom - top), max(1, right - left)))
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -243,6 +287,8 @@ class Transform:
     std: Colour
     erase: Callable[[Tensor], Tensor] | None = None
     """timm's RandomErasing, in place."""
+    frame: int | None = None
+    """The size in which boxes are drawn, where it is not that of the images."""
 
     def __call__(self, images: Sequence[Image.Image], seed: int, view: int, sample_ids: Sequence[int]) -> Tensor:
         """The inputs that view number `view` makes of some samples: float32 `[batch, 3, size, size]`, normalised.
@@ -275,12 +321,14 @@ class Transform:
             return None
         seed_everything(number)
         # timm draws box and noise while it fills them in: so it fills a canvas that is not a number elsewhere.
-        canvas = self.erase(torch.full(shape, torch.nan))
+        size = self.frame or shape[-1]
+        canvas = self.erase(torch.full((3, size, size), torch.nan))
         rows, columns = (~canvas[0].isnan()).nonzero().T
         if len(rows) == 0:
             return None
         top, left = int(rows[0]), int(columns[0])
-        return Box(top, left, canvas[:, top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].clone())
+        box = Box(top, left, canvas[:, top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].clone())
+        return box if size == shape[-1] else box.scaled(shape[-1] / size)
 
 
 def eval_transform(view: View) -> Transform:
@@ -295,18 +343,40 @@ def eval_transform(view: View) -> Transform:
     return Transform(pixels, view.mean, view.std)
 
 
-def train_transform(view: View) -> Transform:
-    """The view's augmentation: timm's, but for the crops that it lacks and TrivialAugment."""
+def train_transform(view: View, student: View | None = None) -> Transform:
+    """The view's augmentation: timm's, but for the crops that it lacks and TrivialAugment.
+
+    Args:
+        student: what a student sees of it, where that is something else (see `student_view`). All draws are the same
+            numbers: the crop's box in pixels of the image, flips, operations and their strengths; a box to erase is
+            drawn in the teacher's frame and scaled.
+
+    Paper: Wu et al. 2022, arXiv:2207.10666, whose student of another size and normalisation than its teacher's does so.
+    Differs: the colour that fills what a rotation bares is the teacher's mean for both, as they see one picture
+        (TinyViT: each model's own); radii of blurs are in proportion to the size (it has none); the noise of an erased
+        box is of the student's own pixels, as there.
+    """
+    own = student or view
     if view.augment == "none":
-        return eval_transform(view)
-    crop, secondary, final = _pipeline(view)
+        return replace(_centre(view, own), mean=own.mean, std=own.std)
+    asked = replace(view, image_size=own.image_size, interpolation=own.interpolation)
+    crop, secondary, final = _pipeline(asked, own.image_size / view.image_size)
     if view.augment != "rrc":
-        crop[0] = _crop(view)
+        crop[0] = _crop(view, own)
     erase = RandomErasing(view.reprob, mode="pixel", device="cpu") if view.reprob else None
-    return Transform(transforms.Compose([*crop, *secondary, *final]), view.mean, view.std, erase)
+    return Transform(transforms.Compose([*crop, *secondary, *final]), own.mean, own.std, erase, view.image_size)
 
 
-def _pipeline(view: View) -> tuple[list[Any], list[Any], list[Any]]:
+def _centre(view: View, own: View) -> Transform:
+    """The centre crop of an evaluation, seen by another model."""
+    if own.image_size == view.image_size:
+        return eval_transform(replace(view, interpolation=own.interpolation))
+    place = CentreCrop(view.image_size, view.crop_pct, view.interpolation)
+    look = Elsewhere(place, own.image_size, evaluated(own.interpolation))
+    return Transform(transforms.Compose([look, MaybePILToTensor()]), own.mean, own.std)
+
+
+def _pipeline(view: View, ratio: float = 1.0) -> tuple[list[Any], list[Any], list[Any]]:
     """timm's transforms in three groups: crop and flips; policy and colours; to a tensor."""
     trivial = view.auto_augment == TRIVIAL
     groups = create_transform(
@@ -328,13 +398,17 @@ def _pipeline(view: View) -> tuple[list[Any], list[Any], list[Any]]:
     )
     crop, secondary, final = (list(group.transforms) for group in groups)
     if trivial:
-        secondary.insert(0, Trivial(evaluated(view.interpolation)))
+        secondary.insert(0, Trivial(evaluated(view.interpolation), ratio))
+    if ratio != 1:
+        secondary = [in_proportion(transform, ratio) for transform in secondary]
     return crop, secondary, final
 
 
-def _crop(view: View) -> Any:
-    kind = {"pad-crop": PadCrop, "src": SimpleCrop}[view.augment]
-    return kind(view.image_size, view.padding, view.interpolation)
+def _crop(view: View, own: View) -> Any:
+    kind = PadCrop if view.augment == "pad-crop" else SimpleCrop
+    if own.image_size == view.image_size:
+        return kind(view.image_size, view.padding, own.interpolation)
+    return Elsewhere(kind(view.image_size, view.padding, view.interpolation), own.image_size, own.interpolation)
 
 
 def _check_policy(view: View) -> None:
