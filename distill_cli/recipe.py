@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from distill_cli.config import RuntimeConfig, section
-from distill_cli.data.views import DataConfig
+from distill_cli.data.config import DataConfig
 from distill_cli.errors import UsageError, nearest
 from distill_cli.files import canonical_json, sha256
 from distill_cli.metrics import EvalConfig

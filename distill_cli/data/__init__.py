@@ -9,10 +9,10 @@
 
 from pathlib import Path
 
+from distill_cli.data.config import DataConfig
 from distill_cli.data.folder import open_folder
 from distill_cli.data.idx import holds_idx, open_idx, open_sample
 from distill_cli.data.sources import Source, without_labels
-from distill_cli.data.views import DataConfig
 from distill_cli.errors import UsageError
 
 PREFIXES_TO_COME = ("wds:", "hf:", "timm:")
