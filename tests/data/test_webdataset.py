@@ -13,9 +13,9 @@ from PIL import Image
 
 from distill_cli import server
 from distill_cli.data import open_source, tars, webdataset
+from distill_cli.data.config import DataConfig
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.sources import UnreadableImage
-from distill_cli.data.views import DataConfig
 from distill_cli.data.webdataset import TarSource, _braces
 from distill_cli.errors import DistillError, UsageError
 
