@@ -1,4 +1,4 @@
-"""The tars that `wds:PATTERN` names: braces as in a shell, stars, or a folder whose tars have a split in their names."""
+"""The tars that `wds:PATTERN` names: braces as in a shell, stars, or a folder, whose tars have a split in their name."""
 
 import itertools
 import re
