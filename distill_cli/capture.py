@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
@@ -90,7 +90,7 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
             "classes": _listed(teacher.classes or source.classes),
         },
         data=fingerprint(source),
-        transform={name: _listed(value) for name, value in asdict(view).items()},
+        transform=view.table,
         samples=len(source),
         views=store.views,
         first_view=store.first_view,
@@ -105,7 +105,7 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
         bits=bits,
         software=versions(),
     )
-    settled = {f"data.{name}": value for name, value in asdict(view).items()} | {"store.top_k": k, "store.bits": bits}
+    settled = {f"data.{name}": value for name, value in view.table.items()} | {"store.top_k": k, "store.bits": bits}
     origins = {path: "default" if path.removeprefix("data.") in DEFAULTS else "teacher" for path in settled}
     return Capture(update(recipe, settled), origins, teacher, source, view, plan)
 

@@ -196,7 +196,7 @@ def _open(recipe: Recipe, store: Store, world: World, report: Report) -> list[Ca
             f"store {store}: is of teacher {store.plan.teacher['name']} with weights {ours[:12]}, --teacher "
             f"{recipe.teacher.name} is {teacher.name} with weights {theirs[:12]}; give the teacher of the store"
         )
-    view = stored_view(recipe.data, store.plan.transform)
+    view = stored_view(recipe.data, store.plan.transform, f"store {store}")
     teacher.model.to(world.device)
     check_forward(teacher.model, f"teacher {teacher.name}", view.image_size)
     return [Capture(recipe, {}, teacher, source, view, generation.plan) for generation in store.generations]

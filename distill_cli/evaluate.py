@@ -12,10 +12,12 @@ from distill_cli.data import open_train, open_val
 from distill_cli.data.loader import Batch, Batches, ListingOrder, load
 from distill_cli.data.sources import Source, check_classes
 from distill_cli.data.views import (
+    SEEN,
     DataConfig,
     View,
+    read_view,
     resolve_view,
-    stored_view,
+    student_view,
     train_transform,
 )
 from distill_cli.distributed import World
@@ -255,10 +257,12 @@ def _batches(opened: _Evaluation, world: World) -> Iterator[Batch]:
 
 
 def _stored_batches(opened: _Evaluation, store: Store, world: World) -> Iterator[Batch]:
-    """The store's rows of view 0 with the inputs that the teacher saw."""
+    """The store's rows of view 0 with what the teacher saw, at the size and in the colours of the model."""
     assert opened.stored is not None
-    transform = train_transform(stored_view(DataConfig(), store.plan.transform))
-    prove_replay(store, opened.stored, transform)
+    taught = read_view(store.plan.transform, f"store {store}")
+    prove_replay(store, opened.stored, train_transform(taught))
+    own = student_view(DataConfig(), taught, {name: getattr(opened.view, name) for name in SEEN})
+    transform = train_transform(taught, own)
     order = ListingOrder(store.sample_ids, opened.recipe.eval.batch_size, world.rank, world.size)
     batches = Batches(opened.stored, transform, order, drawn=store.drawn, rows=SparseRows(store))
     return load(batches, range(order.batches), world.workers, world.device)

@@ -1,6 +1,7 @@
 """An experiment: recipe, store, data and student, opened, checked against each other, and with nothing left open."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -8,9 +9,20 @@ import numpy as np
 import torch
 
 from distill_cli.data import open_train, open_val
+from distill_cli.data.crops import evaluated
 from distill_cli.data.loader import TrainingOrder
 from distill_cli.data.sources import Source, check_classes, fingerprint, num_classes
-from distill_cli.data.views import DEFAULTS, View, resolve_view, stored_view
+from distill_cli.data.views import (
+    DEFAULTS,
+    SEEN,
+    Transform,
+    View,
+    own_input,
+    read_view,
+    resolve_view,
+    student_view,
+    train_transform,
+)
 from distill_cli.distributed import World
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
@@ -38,11 +50,19 @@ class Experiment:
     val: Source | None
     store: Store | None
     view: View
+    """What the student sees."""
+    taught: View | None
+    """What the teacher of the store saw."""
     objective: Objective
     order: TrainingOrder
     classes: int
     arguments: dict[str, Any]
     """Of the student's constructor."""
+
+    @property
+    def transform(self) -> Transform:
+        """What makes the student's inputs."""
+        return train_transform(self.taught or self.view, self.view)
 
     @property
     def steps(self) -> int:
@@ -86,7 +106,7 @@ class Experiment:
                 "input_size": (3, view.image_size, view.image_size),
                 "mean": view.mean,
                 "std": view.std,
-                "interpolation": view.interpolation,
+                "interpolation": evaluated(view.interpolation),
                 "crop_pct": view.crop_pct,
             },
             recipe_sha256=recipe_fingerprint(recipe),
@@ -120,10 +140,9 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     student = create(
         recipe.student.name, num_classes=classes, arguments=arguments, pretrained=recipe.student.pretrained
     )
-    if store is not None:
-        view = stored_view(recipe.data, store.plan.transform)
-    else:
-        view = resolve_view(recipe.data, input_config(student, size))
+    taught = None if store is None else read_view(store.plan.transform, f"store {store}")
+    view = _view(recipe, taught, input_config(student, size), size)
+    _say_input(view, taught, report)
     check_forward(student, recipe.student.name, view.image_size)
     order = _order(recipe, source, store, world)
     settled, origins = _settle(recipe, store, view, order, classes)
@@ -131,7 +150,27 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     objective = build(settled.objective, student).to(world.device)
     _check_needs(objective, settled, source, store)
     _warn(recipe, source, val, store, report)
-    return Experiment(settled, origins, source, val, store, view, objective, order, classes, arguments)
+    return Experiment(settled, origins, source, val, store, view, taught, objective, order, classes, arguments)
+
+
+def _view(recipe: Recipe, taught: View | None, own: Mapping[str, Any], size: int | None) -> View:
+    """What the student sees: of the teacher's views where there is a store.
+
+    Args:
+        own: the student's own input, as timm has it.
+        size: the input size that was settled.
+    """
+    if taught is None:
+        return resolve_view(recipe.data, own)
+    seen = own_input(own) if recipe.data.input == "student" else {name: getattr(taught, name) for name in SEEN}
+    return student_view(recipe.data, taught, seen | ({} if size is None else {"image_size": size}))
+
+
+def _say_input(view: View, taught: View | None, report: Report) -> None:
+    names = [] if taught is None else [name for name in SEEN if getattr(view, name) != getattr(taught, name)]
+    if names:
+        said = ", ".join(f"{name} {getattr(view, name)} (the teacher {getattr(taught, name)})" for name in names)
+        report.stage(f"the student sees the teacher's crops by an input of its own: {said}")
 
 
 def _settle(
@@ -142,11 +181,13 @@ def _settle(
     epochs = train.epochs if train.steps is None else -(-train.steps // order.steps_per_epoch)
     warmup = epochs / 20 if train.warmup_epochs is None else train.warmup_epochs
     objective = recipe.objective.name if recipe.objective else "tinyvit" if store else "supervised"
-    own = DEFAULTS.keys() if store is None else ()
-    decided = {f"data.{name}": ("default" if name in own else by, value) for name, value in asdict(view).items()} | {
+    origins = dict.fromkeys(DEFAULTS, "default") if store is None else {}
+    if recipe.data.input == "student":
+        origins |= dict.fromkeys(SEEN, "student")
+    decided = {f"data.{name}": (origins.get(name, by), value) for name, value in view.table.items()} | {
         "objective.name": ("store" if store else "no store", objective),
         "student.num_classes": ("store" if store else "data", classes),
-        "student.img_size": (by, view.image_size),
+        "student.img_size": (origins.get("image_size", by), view.image_size),
         "train.lr": ("batch size", train.lr or default_lr(train.batch_size)),
         "train.epochs": ("steps" if train.steps else "default", epochs),
         "train.warmup_epochs": ("epochs", warmup),
@@ -184,19 +225,13 @@ def _classes(recipe: Recipe, source: Source, val: Source | None, store: Store | 
 
 
 def _image_size(recipe: Recipe, store: Store | None) -> int | None:
-    """The input size that recipe and store agree on; None leaves it to the architecture."""
-    stored = None if store is None else int(store.plan.transform["image_size"])
-    asked = {
-        "data.image_size": recipe.data.image_size,
-        "student.img_size": recipe.student.img_size,
-        "the store": stored,
-    }
-    given = {name: size for name, size in asked.items() if size is not None}
-    if len(set(given.values())) > 1:
-        named = ", ".join(f"{name} {size}" for name, size in given.items())
-        kind = MismatchError if stored else UsageError
-        raise kind(f"image size: {named}; the student sees what the teacher saw, so give one size")
-    return next(iter(given.values()), None)
+    """The student's input size: what the recipe says, else the store's; None leaves it to the architecture."""
+    ours, theirs = recipe.data.image_size, recipe.student.img_size
+    if ours is not None and theirs is not None and ours != theirs:
+        raise UsageError(f"image size: data.image_size {ours}, student.img_size {theirs}; give one size")
+    if ours or theirs or store is None or recipe.data.input == "student":
+        return ours or theirs
+    return read_view(store.plan.transform, f"store {store}").image_size
 
 
 def _order(recipe: Recipe, source: Source, store: Store | None, world: World) -> TrainingOrder:

@@ -1,7 +1,7 @@
 """`distill store extend`: more views of a complete store, under a plan of their own."""
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from distill_cli.capture import open_capture
@@ -97,6 +97,6 @@ def _next(store: Path, views: int) -> Generation:
 
 def _as_before(recipe: Recipe, plan: Plan) -> Recipe:
     """The recipe with all that the store decides."""
-    values = {f"data.{name}": value for name, value in asdict(stored_view(recipe.data, plan.transform)).items()}
+    values = {f"data.{name}": value for name, value in stored_view(recipe.data, plan.transform).table.items()}
     values |= {f"store.{name}": getattr(plan, name) for name in (*KEPT, "views", "first_view")}
     return update(recipe, values)

@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from distill_cli.config import RuntimeConfig, section
-from distill_cli.data.views import DataConfig
+from distill_cli.data.config import DataConfig
 from distill_cli.errors import UsageError, nearest
 from distill_cli.files import canonical_json, sha256
 from distill_cli.metrics import EvalConfig
@@ -38,6 +38,7 @@ NO_IDENTITY = (
     "data.root",
     "data.cache_listing",
     "data.cache_gb",
+    "data.input",
     "train.log_every",
     "train.save_every",
 )

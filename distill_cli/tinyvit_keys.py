@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_cli.data import open_train
+from distill_cli.data.config import DataConfig
 from distill_cli.data.sources import Source, fingerprint
-from distill_cli.data.views import DataConfig
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.store.reader import Store
 from distill_cli.store.tinyvit import Epoch, RankFile

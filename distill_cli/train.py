@@ -145,7 +145,8 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     done = _resume(setup, out, optimizer, report)
     if setup.store is not None:
         report.stage("proving that the views replay to the pixels that the teacher saw")
-        prove_replay(setup.store, setup.source, train_transform(setup.view))
+        assert setup.taught is not None
+        prove_replay(setup.store, setup.source, train_transform(setup.taught))
     world.barrier()
     model = world.wrap(objective)
     batches = _training_batches(setup, done.step, setup.steps, world)
@@ -247,7 +248,7 @@ def _resume(setup: Experiment, out: Path, optimizer: Optimizer, report: Report) 
 def _training_batches(setup: Experiment, start: int, stop: int, world: World) -> Iterator[Batch]:
     batches = Batches(
         setup.source,
-        train_transform(setup.view),
+        setup.transform,
         setup.order,
         seed=setup.recipe.train.seed,
         drawn=setup.store.drawn if setup.store else None,

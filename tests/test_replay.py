@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from distill_cli.data import open_source
 from distill_cli.data.folder import ImageFolder
 from distill_cli.data.sources import Source, fingerprint, without_labels
-from distill_cli.data.views import DataConfig, View, resolve_view, train_transform
+from distill_cli.data.views import DataConfig, View, resolve_view, stored_view, train_transform
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved, seed_everything
 from distill_cli.replay import SparseRows, check_data, prove_replay
@@ -57,7 +57,8 @@ def capture(tmp_path: Path, view: View, make_plan: MakePlan, make_rows: MakeRows
         }
         plan = make_plan(num_classes=3, views=2, shard_rows=6, **{**values, **changes})
         (tmp_path / "store").mkdir()
-        writer, transform = StoreWriter(tmp_path / "store", plan), train_transform(view)
+        writer = StoreWriter(tmp_path / "store", plan)
+        transform = train_transform(stored_view(DataConfig(), plan.transform))
         for number, shard in plan.every_shard():
             rows = make_rows(plan, number, shard, skip)
             first = rows.sample_id[:PROBES].tolist()
@@ -115,6 +116,30 @@ def test_other_library_versions_are_named_where_pixels_differ(
     assert prove_replay(store, source, train_transform(view)) > 0
     with pytest.raises(MismatchError, match=r"versions differ: pillow 9.0.0 there, \d+.* here; install those"):
         prove_replay(store, source, train_transform(replace(view, hflip=1.0)))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        DataConfig(augment="rrc", auto_augment="trivial", interpolation="bilinear"),
+        DataConfig(augment="src", auto_augment="3a", color_jitter=0.3),
+        DataConfig(augment="rrc", auto_augment="augmix-m3-w3", interpolation="random"),
+    ],
+    ids=["trivial", "deit iii", "augmix"],
+)
+def test_every_policy_is_proven_and_torchvisions_version_is_named(
+    source: ImageFolder, capture: Capture, asked: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = resolve_view(asked, MODEL)
+    store = capture(source, transform=view.table, software={**versions(), "torchvision": "0.1.0"})
+    assert prove_replay(store, source, train_transform(stored_view(DataConfig(), store.plan.transform))) == 2 * PROBES
+    draw = random.random
+    monkeypatch.setattr(random, "random", lambda: 1 - draw())
+    monkeypatch.setattr(torch, "randint", lambda *arguments, **_: torch.zeros(arguments[-1], dtype=torch.int64))
+    with pytest.raises(
+        MismatchError, match=r"does not replay .*; versions differ: torchvision 0\.1\.0 there, \d.* here"
+    ):
+        prove_replay(store, source, train_transform(view))
 
 
 def test_the_data_of_a_store_is_taken_with_and_without_its_labels(source: ImageFolder, capture: Capture) -> None:

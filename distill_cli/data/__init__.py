@@ -14,12 +14,12 @@
 from pathlib import Path
 
 from distill_cli.data import hdf5, lists
+from distill_cli.data.config import DataConfig
 from distill_cli.data.folder import open_folder
 from distill_cli.data.hf import open_hf
 from distill_cli.data.idx import holds_idx, open_idx, open_sample
 from distill_cli.data.sources import Source, without_labels
 from distill_cli.data.timm_dataset import open_timm
-from distill_cli.data.views import DataConfig
 from distill_cli.data.webdataset import open_tars
 from distill_cli.errors import UsageError
 from distill_cli.report import Report

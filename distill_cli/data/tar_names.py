@@ -1,4 +1,4 @@
-"""The tars that `wds:PATTERN` names: braces as in a shell, stars, or a folder, whose tars have a split in their name."""
+"""The tars that `wds:PATTERN` names: braces as in a shell, stars, or a folder with the split in its tars' names."""
 
 import itertools
 import re

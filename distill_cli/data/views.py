@@ -5,102 +5,30 @@ torchvision replays without anything stored. (TinyViT stores a seed a sample and
 vendored transforms, which misses those that draw elsewhere; FKD stores crop boxes and knows no other transform.)
 """
 
-import random
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybePILToTensor
 from torch import Tensor
 from torchvision import transforms
 
-from distill_cli.config import Colour, Fraction, Natural, NonNegative, Positive, PositiveFloat, Range, section
-from distill_cli.errors import MismatchError
+from distill_cli.config import Colour
+from distill_cli.data.config import DEFAULTS, SEEN, DataConfig, View, said
+from distill_cli.data.crops import RANDOM, CentreCrop, Elsewhere, PadCrop, SimpleCrop, evaluated
+from distill_cli.data.policies import TRIVIAL, Trivial, in_proportion
+from distill_cli.errors import MismatchError, UsageError
 from distill_cli.randomness import derive, seed_everything
 
-Augment = Literal["none", "rrc", "pad-crop"]
 SMALL = 32
 """Up to this side in pixels an image is small: padded and cropped rather than zoomed into, and evaluated whole."""
-
-
-@section
-class DataConfig:
-    """Where the images are and what their views are; a field left out comes from the store, else from the model."""
-
-    path: str | None = None
-    """`--data`: a folder, an IDX folder, a list, an HDF5 file, `wds:…`, `hf:…`, `timm:…`, or `sample`."""
-    val: str | None = None
-    """Other data to validate on, where `path` has no validation split."""
-    root: str | None = None
-    """Of a list: what its paths are relative to; of `timm:NAME`: where the data set lies."""
-    cache_listing: bool = True
-    """Keep the listing of a large tree, and the index of tars, in the user's cache."""
-    cache_gb: PositiveFloat | None = None
-    """Bound of the tars that are fetched from URLs; what was not read for longest goes first. By default none."""
-    labelled: bool = True
-    """False: ignore the classes of the data (a teacher of other classes, unlabelled folders)."""
-    skip_unreadable: bool = False
-    """Go on without images that cannot be decoded, and count them."""
-    augment: Augment | None = None
-    """`none` (the model's own evaluation transform), `rrc` (random resized crop) or `pad-crop`; by default `pad-crop`
-    up to 32 px and `rrc` above, as TinyViT does."""
-    image_size: Positive | None = None
-    """Pixels of a side of the model's input."""
-    mean: Colour | None = None
-    std: Colour | None = None
-    interpolation: Literal["bilinear", "bicubic", "nearest"] | None = None
-    crop_pct: PositiveFloat | None = None
-    """Evaluation: the share of the resized image's side that the centre crop keeps."""
-    scale: Range | None = None
-    """`rrc`: share of the image's area that a crop covers; (0.08, 1)."""
-    ratio: Range | None = None
-    """`rrc`: width over height of a crop; (3/4, 4/3)."""
-    padding: Natural | None = None
-    """`pad-crop`: pixels of zero around the image before the crop; 2."""
-    hflip: Fraction | None = None
-    """Probability of a horizontal flip, with either crop; 0.5."""
-    color_jitter: NonNegative | None = None
-    """Strength of brightness, contrast and saturation jitter; 0. Not used beside `auto_augment`, as in timm."""
-    auto_augment: str | None = None
-    """timm's string of a policy, such as `rand-m9-mstd0.5-inc1`; empty for none."""
-    reprob: Fraction | None = None
-    """Probability of random erasing, in pixel mode; 0."""
-
-
-@section
-class View:
-    """A resolved view: all that decides the pixels of a model's input. It stands in a store's plan."""
-
-    augment: Augment
-    image_size: Positive
-    mean: Colour
-    std: Colour
-    interpolation: str
-    crop_pct: PositiveFloat
-    scale: Range
-    ratio: Range
-    padding: Natural
-    hflip: Fraction
-    color_jitter: NonNegative
-    auto_augment: str
-    reprob: Fraction
-
-
-DEFAULTS = {
-    "scale": (0.08, 1.0),
-    "ratio": (3 / 4, 4 / 3),
-    "padding": 2,
-    "hflip": 0.5,
-    "color_jitter": 0.0,
-    "auto_augment": "",
-    "reprob": 0.0,
-}
-
 
 IMPORTED = "tinyvit"
 """What a plan's transform says for its `augment` where the rows were imported."""
@@ -112,26 +40,77 @@ def resolve_view(config: DataConfig, model: Mapping[str, Any]) -> View:
     Args:
         model: timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct`.
     """
-    own = {name: model[name] for name in ("mean", "std", "interpolation", "crop_pct")}
-    size = config.image_size or int(model["input_size"][-1])
-    own |= {"image_size": size, "augment": "pad-crop" if size <= SMALL else "rrc"}
-    return View(**{**DEFAULTS, **own, **said(config)})
+    own = own_input(model)
+    own["augment"] = "pad-crop" if (config.image_size or own["image_size"]) <= SMALL else "rrc"
+    if config.augment == "src":
+        own["padding"] = 4
+    view = View(**{**DEFAULTS, **own, **said(config)})
+    _check_policy(view)
+    return view
 
 
-def stored_view(config: DataConfig, transform: Mapping[str, Any]) -> View:
+def own_input(model: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's description of a model's input in the fields of a view."""
+    return {"image_size": int(model["input_size"][-1])} | {name: model[name] for name in SEEN if name in model}
+
+
+def read_view(transform: Mapping[str, Any], where: str = "the store") -> View:
+    """The view that a store's plan states.
+
+    Raises:
+        MismatchError: it states something that this program does not know, or lacks something.
+    """
+    try:
+        return View(**transform)
+    except ValidationError as error:
+        name = str(error.errors(include_url=False)[0]["loc"][0])
+        found = f"has {name} {transform[name]!r}" if name in transform else f"has no {name}"
+        raise MismatchError(
+            f"{where}: its transform {found}, which this program cannot replay; update distill"
+        ) from error
+
+
+def stored_view(config: DataConfig, transform: Mapping[str, Any], where: str = "the store") -> View:
     """The view of a store, once the recipe says nothing else.
 
     Raises:
         MismatchError: the recipe asks for other views than the store has; both values are named.
     """
-    view = View(**transform)
-    stored = asdict(view)
-    for name, value in said(config).items():
-        if value != stored[name]:
-            raise MismatchError(
-                f"data.{name}: {value} asked, the store has {stored[name]}; leave it out, or write a store with it"
-            )
+    view = read_view(transform, where)
+    _check_same(config, view, [field.name for field in fields(View)])
     return view
+
+
+def student_view(config: DataConfig, taught: View, own: Mapping[str, Any]) -> View:
+    """What a student sees of its teacher's views: the same places and draws, at its own size and in its own colours.
+
+    Args:
+        taught: what the teacher saw, as the store has it.
+        own: the student's `SEEN`, of which the recipe may say others.
+
+    Raises:
+        MismatchError: the recipe asks for other draws than the store has; both values are named.
+    """
+    _check_same(config, taught, [field.name for field in fields(View) if field.name not in SEEN])
+    asked = {name: value for name, value in said(config).items() if name in SEEN}
+    values = {name: own[name] for name in SEEN} | asked
+    if (values["interpolation"] == RANDOM) != (taught.interpolation == RANDOM):
+        if "interpolation" in asked:
+            raise MismatchError(
+                f"data.interpolation: {asked['interpolation']} asked, the store has {taught.interpolation}: one is "
+                "drawn and the other is not, so that all draws behind it would differ; leave it out"
+            )
+        values["interpolation"] = taught.interpolation
+    return replace(taught, **values)
+
+
+def _check_same(config: DataConfig, view: View, names: Sequence[str]) -> None:
+    for name, value in said(config).items():
+        if name in names and value != getattr(view, name):
+            raise MismatchError(
+                f"data.{name}: {value} asked, the store has {getattr(view, name)}; leave it out, or write a store "
+                "with it"
+            )
 
 
 def check_replayable(where: str, transform: Mapping[str, Any]) -> None:
@@ -147,12 +126,6 @@ def check_replayable(where: str, transform: Mapping[str, Any]) -> None:
         )
 
 
-def said(config: DataConfig) -> dict[str, Any]:
-    """The fields of a view that a recipe states."""
-    values = {field.name: getattr(config, field.name) for field in fields(View)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
 @dataclass(frozen=True)
 class Box:
     """A box of noise in place of an image's pixels."""
@@ -161,6 +134,15 @@ class Box:
     left: int
     noise: Tensor
     """float32 `[3, height, width]`, in normalised units."""
+
+    def scaled(self, ratio: float) -> "Box":
+        """The box in an image of another size, its edges rounded, its noise drawn anew."""
+        height, width = self.noise.shape[1:]
+        (top, bottom), (left, right) = (
+            (round(start * ratio), round((start + length) * ratio))
+            for start, length in ((self.top, height), (self.left, width))
+        )
+        return Box(top, left, torch.randn(3, max(1, bottom - top), max(1, right - left)))
 
 
 @dataclass(frozen=True)
@@ -191,6 +173,8 @@ class Transform:
     std: Colour
     erase: Callable[[Tensor], Tensor] | None = None
     """timm's RandomErasing, in place."""
+    frame: int | None = None
+    """The size in which boxes are drawn, where it is not that of the images."""
 
     def __call__(self, images: Sequence[Image.Image], seed: int, view: int, sample_ids: Sequence[int]) -> Tensor:
         """The inputs that view number `view` makes of some samples: float32 `[batch, 3, size, size]`, normalised.
@@ -223,25 +207,14 @@ class Transform:
             return None
         seed_everything(number)
         # timm draws box and noise while it fills them in: so it fills a canvas that is not a number elsewhere.
-        canvas = self.erase(torch.full(shape, torch.nan))
+        size = self.frame or shape[-1]
+        canvas = self.erase(torch.full((3, size, size), torch.nan))
         rows, columns = (~canvas[0].isnan()).nonzero().T
         if len(rows) == 0:
             return None
         top, left = int(rows[0]), int(columns[0])
-        return Box(top, left, canvas[:, top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].clone())
-
-
-class PadCrop:
-    """A crop of `size` px from the image with `padding` px of black around it: the augmentation of small images."""
-
-    def __init__(self, size: int, padding: int, interpolation: str) -> None:
-        self.size, self.padding = size, padding
-        self.resize = transforms.Resize((size, size), transforms.InterpolationMode(interpolation))
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        image = image if image.size == (self.size, self.size) else self.resize(image)
-        x, y = (random.randint(-self.padding, self.padding) for _ in range(2))
-        return image.crop((x, y, x + self.size, y + self.size))
+        box = Box(top, left, canvas[:, top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].clone())
+        return box if size == shape[-1] else box.scaled(shape[-1] / size)
 
 
 def eval_transform(view: View) -> Transform:
@@ -249,30 +222,91 @@ def eval_transform(view: View) -> Transform:
     pixels = create_transform(
         view.image_size,
         is_training=False,
-        interpolation=view.interpolation,
+        interpolation=evaluated(view.interpolation),
         crop_pct=view.crop_pct,
         normalize=False,
     )
     return Transform(pixels, view.mean, view.std)
 
 
-def train_transform(view: View) -> Transform:
-    """The view's augmentation: timm's, and `PadCrop` for small images."""
+def train_transform(view: View, student: View | None = None) -> Transform:
+    """The view's augmentation: timm's, but for the crops that it lacks and TrivialAugment.
+
+    Args:
+        student: what a student sees of it, where that is something else (see `student_view`). All draws are the same
+            numbers: the crop's box in pixels of the image, flips, operations and their strengths; a box to erase is
+            drawn in the teacher's frame and scaled.
+
+    Paper: Wu et al. 2022, arXiv:2207.10666, whose student of another size and normalisation than its teacher's does so.
+    Differs: the colour that fills what a rotation bares is the teacher's mean for both, as they see one picture
+        (TinyViT: each model's own); radii of blurs are in proportion to the size (it has none); the noise of an erased
+        box is of the student's own pixels, as there.
+    """
+    own = student or view
     if view.augment == "none":
-        return eval_transform(view)
-    pixels = create_transform(
+        return replace(_centre(view, own), mean=own.mean, std=own.std)
+    asked = replace(view, image_size=own.image_size, interpolation=own.interpolation)
+    crop, secondary, final = _pipeline(asked, own.image_size / view.image_size)
+    if view.augment != "rrc":
+        crop[0] = _crop(view, own)
+    erase = RandomErasing(view.reprob, mode="pixel", device="cpu") if view.reprob else None
+    return Transform(transforms.Compose([*crop, *secondary, *final]), own.mean, own.std, erase, view.image_size)
+
+
+def _centre(view: View, own: View) -> Transform:
+    """The centre crop of an evaluation, seen by another model."""
+    if own.image_size == view.image_size:
+        return eval_transform(replace(view, interpolation=own.interpolation))
+    place = CentreCrop(view.image_size, view.crop_pct, view.interpolation)
+    look = Elsewhere(place, own.image_size, evaluated(own.interpolation))
+    return Transform(transforms.Compose([look, MaybePILToTensor()]), own.mean, own.std)
+
+
+def _pipeline(view: View, ratio: float = 1.0) -> tuple[list[Any], list[Any], list[Any]]:
+    """timm's transforms in three groups: crop and flips; policy and colours; to a tensor."""
+    trivial = view.auto_augment == TRIVIAL
+    groups = create_transform(
         view.image_size,
         is_training=True,
         scale=view.scale,
         ratio=view.ratio,
         hflip=view.hflip,
-        color_jitter=view.color_jitter or None,  # type: ignore[arg-type]
-        auto_augment=view.auto_augment or None,
+        vflip=view.vflip,
+        color_jitter=None if trivial else view.color_jitter or None,  # type: ignore[arg-type]
+        color_jitter_prob=view.color_jitter_prob if view.color_jitter_prob < 1 else None,
+        grayscale_prob=view.grayscale_prob,
+        gaussian_blur_prob=view.gaussian_blur_prob,
+        auto_augment=None if trivial else view.auto_augment or None,
         interpolation=view.interpolation,
         mean=view.mean,
         normalize=False,
+        separate=True,
     )
-    if view.augment == "pad-crop":
-        pixels.transforms[0] = PadCrop(view.image_size, view.padding, view.interpolation)
-    erase = RandomErasing(view.reprob, mode="pixel", device="cpu") if view.reprob else None
-    return Transform(pixels, view.mean, view.std, erase)
+    crop, secondary, final = (list(group.transforms) for group in groups)
+    if trivial:
+        secondary.insert(0, Trivial(evaluated(view.interpolation), ratio))
+    if ratio != 1:
+        secondary = [in_proportion(transform, ratio) for transform in secondary]
+    return crop, secondary, final
+
+
+def _crop(view: View, own: View) -> Any:
+    kind = PadCrop if view.augment == "pad-crop" else SimpleCrop
+    if own.image_size == view.image_size:
+        return kind(view.image_size, view.padding, own.interpolation)
+    return Elsewhere(kind(view.image_size, view.padding, view.interpolation), own.image_size, own.interpolation)
+
+
+def _check_policy(view: View) -> None:
+    """
+    Raises:
+        UsageError: `auto_augment` is no policy.
+    """
+    try:
+        _pipeline(view)
+    except (AssertionError, ValueError, KeyError) as error:
+        reason = f" ({error})" if str(error) else ""
+        raise UsageError(
+            f"data.auto_augment: {view.auto_augment!r} is no policy of timm{reason}; give one such as "
+            f"rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, original or v0, or {TRIVIAL!r}"
+        ) from error

@@ -200,8 +200,7 @@ def test_a_student_of_another_number_of_classes(folder: Path, out: Path, refused
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (["--image-size", "32"], "image size: data.image_size 32, the store 28"),
-        (["--set", "student.img_size=32"], "image size: student.img_size 32, the store 28"),
+        (["--set", "data.padding=3"], "data.padding: 3 asked, the store has 2; leave it out"),
         (["--set", "data.hflip=0.25"], "data.hflip: 0.25 asked, the store has 0.5; leave it out"),
     ],
 )

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from distill_cli.data import absolute, open_train, open_val
+from distill_cli.data.config import DataConfig
 from distill_cli.data.sources import Source, check_classes, fingerprint, without_labels
-from distill_cli.data.views import DataConfig
 from distill_cli.errors import MismatchError
 
 Make = Callable[[Path, Path], DataConfig]

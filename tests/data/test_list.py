@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from distill_cli.data import open_source
+from distill_cli.data.config import DataConfig
 from distill_cli.data.folder import ImageFolder
 from distill_cli.data.sources import UnreadableImage
-from distill_cli.data.views import DataConfig
 from distill_cli.errors import UsageError
 
 

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from distill_cli.data import open_source, open_train, open_val
+from distill_cli.data.config import DataConfig
 from distill_cli.data.folder import ImageFolder
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.sources import Source, UnreadableImage, check_classes, fingerprint, without_labels
 from distill_cli.data.sources import num_classes as classes_of
-from distill_cli.data.views import DataConfig
 from distill_cli.errors import MismatchError, UsageError
 
 Draw = Callable[[str], Path]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from distill_cli.data import open_source
+from distill_cli.data.config import DataConfig
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.sources import Source, UnreadableImage
 from distill_cli.data.timm_dataset import TimmSource
-from distill_cli.data.views import DataConfig
 from distill_cli.errors import UsageError
 
 

@@ -1,7 +1,11 @@
+import json
+import os
 import random
 import struct
+import time
+import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,6 +16,9 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.data.auto_augment import auto_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision import transforms
 
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.views import (
@@ -25,7 +32,7 @@ from distill_cli.data.views import (
     stored_view,
     train_transform,
 )
-from distill_cli.errors import MismatchError
+from distill_cli.errors import MismatchError, UsageError
 from distill_cli.randomness import derive, preserved, seed_everything
 
 MODEL = {
@@ -40,14 +47,28 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "rrc": {"augment": "rrc"},
     "rrc bilinear": {"augment": "rrc", "interpolation": "bilinear", "scale": (0.5, 1.0)},
     "pad-crop": {"augment": "pad-crop", "image_size": 28, "padding": 4},
+    "random interpolation": {"augment": "rrc", "interpolation": "random"},
+    "random interpolation, pad-crop": {"augment": "pad-crop", "interpolation": "random"},
+    "src": {"augment": "src"},
+    "src, random interpolation": {"augment": "src", "interpolation": "random", "padding": 0},
     "randaugment": {"auto_augment": "rand-m9-mstd0.5-inc1"},
+    "randaugment, random interpolation": {"auto_augment": "rand-m9-n3-mstd101-p1", "interpolation": "random"},
+    "randaugment, weighted": {"auto_augment": "rand-m9-t3aw"},
     "autoaugment": {"auto_augment": "original-mstd0.5"},
-    "augmix": {"auto_augment": "augmix-m5-w4-d2"},
-    "trivial": {"auto_augment": "3a"},
+    "autoaugment v0": {"auto_augment": "v0"},
+    "augmix": {"auto_augment": "augmix-m3-w3"},
+    "augmix, blended": {"auto_augment": "augmix-m5-w4-d2-b1"},
+    "deit iii": {"auto_augment": "3a", "color_jitter": 0.3},
+    "deit iii, 21k": {"auto_augment": "3a", "color_jitter": 0.3, "augment": "src"},
+    "trivial": {"auto_augment": "trivial", "interpolation": "bilinear"},
     "color jitter": {"color_jitter": 0.4},
+    "color jitter and hue": {"color_jitter": (0.4, 0.4, 0.2, 0.1), "color_jitter_prob": 0.8},
+    "simclr": {"color_jitter": (0.8, 0.8, 0.8, 0.2), "color_jitter_prob": 0.8, "grayscale_prob": 0.2,
+               "gaussian_blur_prob": 0.5},
+    "vertical flip": {"vflip": 0.5},
     "erasing": {"reprob": 1.0},
     "all": {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 1.0, "augment": "pad-crop"},
-}
+}  # fmt: skip
 RANDOM = [name for name in AUGMENTATIONS if name != "none"]
 
 
@@ -100,6 +121,31 @@ def test_every_view_replays_bitwise_in_another_process(
     assert all(np.array_equal(here[i], there[i]) for i in here)
 
 
+def _forbidden(*_: object, **__: object) -> None:
+    raise AssertionError("a draw from another generator")
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_view_draws_from_the_three_seeded_generators_alone(
+    name: str, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else that could decide something is forbidden, or other than before."""
+    ids = list(range(24))
+    expected = _inputs(_view(name), pictures, [ids])
+    for owner, generator in (
+        (os, "urandom"), (time, "time"), (time, "time_ns"), (uuid, "uuid4"), (np.random, "default_rng"),
+        (np.random, "RandomState"), (np.random, "SeedSequence"), (torch, "Generator"), (random, "SystemRandom"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, generator, _forbidden)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads % 2 + 1)
+    try:
+        found = _inputs(_view(name), pictures, [ids])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(np.array_equal(expected[i], found[i]) for i in ids)
+
+
 @pytest.mark.parametrize("name", RANDOM)
 @pytest.mark.parametrize("axis", ["seed", "view", "sample_id"])
 def test_another_sample_view_or_seed_is_another_draw(name: str, axis: str, pictures: list[Image.Image]) -> None:
@@ -133,6 +179,76 @@ def test_a_random_crop_is_timms_own_augmentation(pictures: list[Image.Image]) ->
         seed_everything(derive("view", 0, 2, i))
         expected = theirs(picture)
         assert torch.equal(_one(train_transform(view), picture, 0, 2, i), expected)
+
+
+def _drawn(view: View, picture: Image.Image, i: int) -> torch.Tensor:
+    return train_transform(view).draw([picture], 0, 2, [i]).images[0]
+
+
+def _seeded(theirs: Callable[[Image.Image], torch.Tensor], picture: Image.Image, i: int) -> torch.Tensor:
+    seed_everything(derive("view", 0, 2, i))
+    return theirs(picture)
+
+
+def test_deit_iiis_augmentation_is_its_own_code_transform_by_transform(pictures: list[Image.Image]) -> None:
+    """`--src --ThreeAugment --color-jitter 0.3`: crop, flip, one of three, jitter."""
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(48, transforms.InterpolationMode.BICUBIC),
+            transforms.RandomCrop(48, padding=4, padding_mode="reflect"),
+            transforms.RandomHorizontalFlip(),
+            auto_augment_transform("3a", {"img_mean": (128, 102, 76)}),
+            transforms.ColorJitter(0.3, 0.3, 0.3),
+            transforms.PILToTensor(),
+        ]
+    )
+    for i, picture in enumerate(pictures * 3):
+        assert torch.equal(_drawn(_view("deit iii, 21k"), picture, i), _seeded(theirs, picture, i))
+
+
+def test_trivial_augment_is_torchvisions_between_flip_and_tensor(pictures: list[Image.Image]) -> None:
+    bilinear = transforms.InterpolationMode.BILINEAR
+    theirs = transforms.Compose(
+        [
+            RandomResizedCropAndInterpolation(48, interpolation="bilinear"),
+            transforms.RandomHorizontalFlip(),
+            transforms.TrivialAugmentWide(interpolation=bilinear),
+            transforms.PILToTensor(),
+        ]
+    )
+    for i, picture in enumerate(pictures * 3):
+        assert torch.equal(_drawn(_view("trivial"), picture, i), _seeded(theirs, picture, i))
+
+
+def test_timms_own_options_are_timms(pictures: list[Image.Image]) -> None:
+    view = _view("simclr")
+    theirs = create_transform(
+        48, is_training=True, color_jitter=(0.8, 0.8, 0.8, 0.2), color_jitter_prob=0.8, grayscale_prob=0.2,
+        gaussian_blur_prob=0.5, interpolation="bicubic", normalize=False,
+    )  # fmt: skip
+    for i, picture in enumerate(pictures * 3):
+        assert torch.equal(_drawn(view, picture, i), _seeded(theirs, picture, i))
+
+
+def test_a_random_interpolation_is_timms(pictures: list[Image.Image]) -> None:
+    view = _view("randaugment, random interpolation")
+    theirs = create_transform(
+        48, is_training=True, auto_augment=view.auto_augment, interpolation="random", mean=view.mean, normalize=False
+    )
+    for i, picture in enumerate(pictures):
+        assert torch.equal(_drawn(view, picture, i), _seeded(theirs, picture, i))
+
+
+def test_a_random_interpolation_is_evaluated_by_bicubic(picture: Image.Image) -> None:
+    view = _view("random interpolation")
+    bicubic = eval_transform(replace(view, interpolation="bicubic"))
+    assert torch.equal(_one(eval_transform(view), picture), _one(bicubic, picture))
+
+
+@pytest.mark.parametrize("policy", ["rand-x9", "randd", "v1", "augmix-q3", "3b", "trivial-m9"])
+def test_a_policy_that_is_none_is_refused(policy: str) -> None:
+    with pytest.raises(UsageError, match=rf"^data.auto_augment: '{policy}' is no policy of timm.*; give one such as"):
+        resolve_view(DataConfig(auto_augment=policy), MODEL)
 
 
 def test_erasing_with_certainty_draws_noise_over_a_box(pictures: list[Image.Image]) -> None:
@@ -174,6 +290,39 @@ def test_a_stored_view_is_taken_as_it_is() -> None:
     view = _view("randaugment")
     assert stored_view(DataConfig(auto_augment=view.auto_augment), asdict(view)) == view
     assert stored_view(DataConfig(), {**asdict(view), "mean": list(view.mean)}) == view
+
+
+def test_a_plan_of_thirteen_fields_has_the_others_at_their_defaults() -> None:
+    table = json.loads(json.dumps(_view("randaugment").table))
+    assert len(table) == 13
+    assert stored_view(DataConfig(), table) == _view("randaugment")
+    assert stored_view(DataConfig(), table).table == table
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_view_comes_back_from_its_plan(name: str) -> None:
+    table = json.loads(json.dumps(_view(name).table))
+    assert stored_view(DataConfig(**AUGMENTATIONS[name]), table) == _view(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"warp": 1}, "S: its transform has warp 1, which this program cannot replay; update distill"),
+        ({"augment": "later"}, "S: its transform has augment 'later', which this program cannot replay;"),
+        ({"hflip": None}, "S: its transform has hflip None, which this program cannot replay;"),
+    ],
+)
+def test_a_plan_of_a_later_program_is_refused_in_one_line(change: dict[str, object], message: str) -> None:
+    with pytest.raises(MismatchError, match=message) as caught:
+        stored_view(DataConfig(), {**_view("rrc").table, **change}, "S")
+    assert (caught.value.exit_code, "\n" in str(caught.value)) == (3, False)
+
+
+def test_a_plan_that_lacks_a_field_is_refused() -> None:
+    table = {name: value for name, value in _view("rrc").table.items() if name != "scale"}
+    with pytest.raises(MismatchError, match=r"^S: its transform has no scale, which this program cannot replay"):
+        stored_view(DataConfig(), table, "S")
 
 
 def test_asking_a_store_for_another_view_names_both_values() -> None:

@@ -13,10 +13,10 @@ from PIL import Image
 
 from distill_cli import server
 from distill_cli.data import open_source, tars, webdataset
+from distill_cli.data.config import DataConfig
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.sources import UnreadableImage
 from distill_cli.data.tar_names import braces
-from distill_cli.data.views import DataConfig
 from distill_cli.data.webdataset import TarSource
 from distill_cli.errors import DistillError, UsageError
 
