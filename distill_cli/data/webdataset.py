@@ -6,13 +6,10 @@ and taken to stay what it is.
 
 import contextlib
 import io
-import itertools
 import os
-import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill_cli.cache import FileCache, user_cache
-from distill_cli.data.folder import SPLITS
 from distill_cli.data.images import decode, unreadable
 from distill_cli.data.keys import Keys, first_double
 from distill_cli.data.labels import from_text
 from distill_cli.data.listing_cache import Count, keep, load, shown
+from distill_cli.data.tar_names import tar_names
 from distill_cli.data.tars import TarIndex, index_tar
 from distill_cli.errors import UsageError
 from distill_cli.files import sha256
@@ -124,7 +121,7 @@ def open_tars(
     Raises:
         UsageError: no such tars; one is damaged; keys are there twice; some tars have labels and others not.
     """
-    names = _names(pattern, split)
+    names = tar_names(pattern, split)
     if names is None:
         return None
     stems = [name.rpartition("/")[2].removesuffix(".tar") for name in names]
@@ -177,59 +174,3 @@ def _status(name: str) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode):
         raise UsageError(f"{name}: is no file; give the tars that there are")
     return status
-
-
-def _names(pattern: str, split: str) -> list[str] | None:
-    """The sorted names of a split's tars; None where there are none of that split.
-
-    Raises:
-        UsageError: there are no such tars at all.
-    """
-    if Path(pattern).is_dir():
-        return _split_of(pattern, split)
-    if split != "train":
-        return None
-    names = {name for part in _braces(pattern) for name in (_glob(part) if has_magic(part) else [part])}
-    if not names:
-        raise UsageError(f"--data wds:{pattern}: no such tars; give a path, {{000..146}}, *, or a folder of tars")
-    return sorted(names)
-
-
-def _split_of(folder: str, split: str) -> list[str] | None:
-    """The tars of a folder and of the folders in it, by the split's name in theirs; without such names all are train.
-
-    Raises:
-        UsageError: there are none.
-    """
-    paths = sorted(itertools.chain(Path(folder).glob("*.tar"), Path(folder).glob("*/*.tar")))
-    if not paths:
-        raise UsageError(f"--data wds:{folder}: no .tar files in this folder")
-    words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in paths}
-    named = [name for names in SPLITS.values() for name in names if any(name in found for found in words.values())]
-    if not named:
-        return list(map(str, paths)) if split == "train" else None
-    name = next((name for name in SPLITS[split] if name in named), None)
-    return None if name is None else [str(path) for path in paths if name in words[path]]
-
-
-def _glob(pattern: str) -> list[str]:
-    if "://" not in pattern:
-        return glob(pattern)  # noqa: PTH207
-    url, _, last = pattern.rpartition("/")
-    found = Server(url).ask(last, lambda system, path: [system.unstrip_protocol(name) for name in system.glob(path)])
-    return list(map(str, found))
-
-
-def _braces(pattern: str) -> list[str]:
-    """`a{0..2}{x,y}` -> `a0x`, `a0y`, …: as bash expands it, zeros in front kept."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
-        return [pattern]
-    ends = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if ends:
-        low, high = map(int, ends.groups())
-        width = max(map(len, ends.groups())) if any(e.startswith("0") and e != "0" for e in ends.groups()) else 0
-        parts = [f"{number:0{width}d}" for number in range(min(low, high), max(low, high) + 1)]
-    else:
-        parts = found[1].split(",")
-    return [name for part in parts for name in _braces(pattern[: found.start()] + part + pattern[found.end() :])]

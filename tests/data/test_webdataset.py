@@ -16,7 +16,8 @@ from distill_cli.data import open_source, tars, webdataset
 from distill_cli.data.config import DataConfig
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.sources import UnreadableImage
-from distill_cli.data.webdataset import TarSource, _braces
+from distill_cli.data.tar_names import braces
+from distill_cli.data.webdataset import TarSource
 from distill_cli.errors import DistillError, UsageError
 
 
@@ -89,7 +90,7 @@ def test_tars_are_named_by_patterns_and_sorted(shards: Path, pattern: str) -> No
     ],
 )
 def test_braces_expand_as_in_a_shell(pattern: str, names: list[str]) -> None:
-    assert _braces(pattern) == names
+    assert braces(pattern) == names
 
 
 @pytest.mark.parametrize(
