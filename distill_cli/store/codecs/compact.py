@@ -44,7 +44,17 @@ from distill_cli.store.codecs.numbers import (
     row_class_of,
     scale_of,
 )
-from distill_cli.store.codecs.rans import PRECISION, SYMBOLS, TOTAL, Decoder, Encoder, Ints, Tables, frequencies
+from distill_cli.store.codecs.rans import (
+    PRECISION,
+    STRIDE_BITS,
+    SYMBOLS,
+    TOTAL,
+    Decoder,
+    Encoder,
+    Ints,
+    Tables,
+    frequencies,
+)
 from distill_cli.store.codecs.rans import symbols as symbols_of
 from distill_cli.store.rows import RowFormat, Rows
 
@@ -330,6 +340,7 @@ def _decode(
     least = coder.number(arena.base[contexts + LEAST])[0]
     row_class = row_class_of(least)
     level_base, gap_context = arena.base[contexts + LEVEL + row_class], contexts + GAP
+    level_first = level_base >> PRECISION - STRIDE_BITS
     class_id = np.full(total, -1, np.int64)
     size, before = np.ones(total, np.int64), np.ones(total, np.int64)
     ids, levels = np.zeros((2, form.width, total), np.uint32)
@@ -342,7 +353,8 @@ def _decode(
         context += gap_context[:rows]
         before = size
         gap, size = coder.number(arena.base.take(context, mode="clip"))
-        level, _ = coder.number(level_base[:rows])
+        size >>= PRECISION
+        level, _ = coder.number(level_base[:rows], level_first[:rows])
         gap += 1
         class_id[:rows] += gap
         ids[place, :rows] = class_id[:rows]

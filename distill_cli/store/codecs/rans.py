@@ -111,22 +111,23 @@ class Decoder:
     def reorder(self, order: Ints) -> None:
         self.left, self.start, self.state = self.left[order], self.start[order], self.state[order]
 
-    def number(self, base: Ints) -> tuple[Ints, Ints]:
-        """The next number of the first `len(base)` rows, and the mark of its symbol.
+    def number(self, base: Ints, first: Ints | None = None) -> tuple[Ints, Ints]:
+        """The next number of the first `len(base)` rows, and with it the mark of its symbol, 2^11 times that.
 
         Args:
-            base: the place of each row's table, a multiple of 2^11.
+            base: the place of each row's slots, a multiple of 2^11.
+            first: that of its steps, base / 16, where the caller has it already.
         """
         state = self.state[: len(base)]
+        first = base >> PRECISION - STRIDE_BITS if first is None else first
         slot = state & (TOTAL - 1)
         number = self.tables.symbol.take(slot + base, mode="clip").astype(np.int64)
-        step = self.tables.step.take((base >> PRECISION - STRIDE_BITS) + number, mode="clip").astype(np.int64)
+        step = self.tables.step.take(first + number, mode="clip").astype(np.int64)
         state >>= PRECISION
         state *= step & 4095
         state += slot
         step >>= PRECISION + 1
         state -= step & (TOTAL - 1)
-        step >>= PRECISION
         long = (number >= DIRECT).nonzero()[0]
         if len(long):
             raw, rest = RAW.take(number[long], mode="clip"), state[long]
