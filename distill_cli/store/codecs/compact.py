@@ -64,7 +64,7 @@ ENOUGH = 2048
 ID_BITS = 18
 PADDING = (1 << 14) - 1
 """Behind all levels."""
-CACHED = 1024
+CACHED = 256
 """Rows that are sorted at a time."""
 ARENA = 1024
 """Shards whose tables are kept side by side."""
@@ -312,12 +312,11 @@ def _gather(parts: Sequence[tuple[Opened, NDArray[np.int64]]], length: Ints) -> 
     for opened, at in parts:
         into = content[end : (end := end + len(at)), : opened.window.shape[1]]
         start = opened.start[at]
-        if len(at) and start.max() < len(opened.window):
-            into[:] = opened.window[start]
-            continue
+        inside = start < len(opened.window)
+        into[inside] = opened.window[start[inside]]
         # Behind the last rows there is less than a window.
-        for row, first in enumerate(start.tolist()):
-            tail = opened.rows[first : first + into.shape[1]]
+        for row in np.flatnonzero(~inside).tolist():
+            tail = opened.rows[start[row] : start[row] + into.shape[1]]
             into[row, : len(tail)] = tail
     content *= np.arange(width) < length[:, None]
     return content
