@@ -13,10 +13,13 @@ import pytest
 
 from distill_cli.errors import BusyError, DamagedError, MismatchError
 from distill_cli.locks import locked
+from distill_cli.report import Report
 from distill_cli.store.manifest import Manifest, ShardEntry
 from distill_cli.store.plan import PROBES, Generation, Plan
 from distill_cli.store.reader import Store
 from distill_cli.store.rows import Rows
+from distill_cli.store.verify import check_verified
+from distill_cli.store.verify import verify as verify_store
 from distill_cli.store.writer import StoreWriter
 
 MakePlan = Callable[..., Plan]
@@ -28,10 +31,12 @@ SHARD = "view-000/shard-00001.h5"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan, make_rows: MakeRows) -> Path:
-    """A store of two generations, one of them ragged; not to be written to."""
+    """A store of three generations: fixed, ragged, and by the other codec; not to be written to."""
     path = tmp_path_factory.mktemp("damage") / "store"
     path.mkdir()
-    for generation in (Generation(0, make_plan()), Generation(1, make_plan(first_view=1, keep_mass=0.9), 1)):
+    kinds = ({}, {"keep_mass": 0.9}, {"codec": "compact", "bits": 8})
+    for number, kind in enumerate(kinds):
+        generation = Generation(number, make_plan(first_view=number, **kind), number)
         writer = StoreWriter(path, generation, np.arange(10) % 5)
         for view, shard in writer.missing():
             rows = make_rows(generation.plan, view, shard)
@@ -46,15 +51,12 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 def verify(path: Path) -> None:
-    """Open a store and every shard of it, as a verifier does.
+    """As `distill store verify`.
 
     Raises:
         DamagedError, MismatchError: something is not as it was written.
     """
-    store = Store(path)
-    for view in range(store.views):
-        for shard in range(store.generation_of(view)[0].plan.shards):
-            store.shard(view, shard)
+    check_verified(verify_store(path, workers=1, report=Report(quiet=True)))
 
 
 def rows_of(path: Path) -> list[bytes]:
@@ -136,7 +138,7 @@ def test_a_reader_beside_a_writer_is_told_of_it(tmp_path: Path, make_plan: MakeP
 def test_a_generation_that_is_being_written_leaves_the_others_readable(copy: Path) -> None:
     (copy / "manifest-001.json").unlink()
     store = Store(copy)
-    assert (store.views, store.unfinished_views) == (1, 1)
+    assert (store.views, store.unfinished_views) == (1, 2)
     assert len(store.rows(0, np.arange(10))) == 10
 
 
