@@ -228,12 +228,12 @@ def tensors(class_id: NDArray[np.uint16], log_prob: NDArray[np.float16], log_tai
 def in_training_order(form: Format, folder: Path, rows: int, size: int, most: int) -> float:
     """Rows a second of an epoch's first `most` rows; every shard has been read before."""
     order = TrainingOrder(np.arange(rows), size, seed=0, views=1)
-    steps, kept = range(min(rows, most) // size), np.ones(size, bool)
+    steps = range(min(rows, most) // size)
     if type(form) is Ours:
         stored = SparseRows(Store(folder))
         stored(0, np.arange(rows))
         loader = Batches(None, None, order, rows=stored)  # type: ignore[arg-type]
-        read: Callable[[int], object] = lambda step: loader._teacher(step, kept)  # noqa: E731
+        read: Callable[[int], object] = lambda step: loader._teacher(step, size)  # noqa: E731
     else:
         reader, ids = form.reader(folder), [order(step)[1] for step in steps]
         read = lambda step: reader(ids[step])  # noqa: E731

@@ -75,10 +75,9 @@ def sha256(content: bytes | str) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
-def sha256_file(path: Path, start: int = 0) -> str:
-    """The sha256 of a file from byte `start` on, in hexadecimal."""
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
-        file.seek(start)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -170,28 +170,30 @@ class Batches(Dataset["Batch | DistillError"]):
             inputs = self.transform.inputs(pixels)
             probe_crc = tuple(map(pixels.checksum, range(min(self.probes, len(images)))))
         sample_ids = np.array(ids, np.int64)
+        teacher = self._teacher(number, len(wanted)) if self.rows else None
+        if teacher is not None and skipped:
+            teacher = teacher.at(torch.from_numpy(np.flatnonzero(np.isin(wanted, sample_ids))))
         labels = np.full(len(ids), -1) if self.source.labels is None else self.source.labels[sample_ids]
         return Batch(
             images=inputs,
             labels=torch.from_numpy(labels),
             sample_ids=sample_ids,
             view=view,
-            teacher=self._teacher(number, np.isin(wanted, sample_ids)) if self.rows else None,
+            teacher=teacher,
             skipped=tuple(skipped),
             probe_crc=probe_crc,
         )
 
-    def _teacher(self, number: int, kept: NDArray[np.bool_]) -> SparseLogits:
-        """The rows of a batch. They are read for several batches at once: a shard then gives several each time."""
+    def _teacher(self, number: int, size: int) -> SparseLogits:
+        """The rows of a batch, read for several batches at once: a shard then gives several each time."""
         assert self.rows is not None
         if number not in self._ahead:
             worker = get_worker_info()
             stride = worker.num_workers if worker else 1
-            batches = max(1, ROWS_AHEAD // max(1, len(kept)))
+            batches = max(1, ROWS_AHEAD // max(1, size))
             self._ahead.clear()
             self._read_ahead(range(number, number + stride * batches, stride))
-        rows = self._ahead.pop(number)
-        return rows if kept.all() else rows.at(torch.from_numpy(np.flatnonzero(kept)))
+        return self._ahead.pop(number)
 
     def _read_ahead(self, numbers: Iterable[int]) -> None:
         assert self.rows is not None

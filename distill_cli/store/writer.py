@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_cli.errors import DamagedError, MismatchError
-from distill_cli.files import remove_temporaries, sha256, sha256_file, write_atomic
+from distill_cli.files import remove_temporaries, sha256, write_atomic
 from distill_cli.store.manifest import Manifest, ShardEntry, read_manifest
 from distill_cli.store.place import ADVICE, Folder
 from distill_cli.store.plan import Generation, Plan, read_plan
@@ -158,11 +158,10 @@ def check_payload(path: Path) -> str:
     Raises:
         DamagedError: the bytes behind the header are not those that it was written with.
     """
-    with path.open("rb") as file:
-        header = read_header(path, file.read(HEADER_BYTES))
-    if sha256_file(path, HEADER_BYTES) != header.payload_sha256:
+    content = path.read_bytes()
+    if sha256(content[HEADER_BYTES:]) != read_header(path, content).payload_sha256:
         raise DamagedError(f"{path}: its bytes are not those that were written; {ADVICE}")
-    return sha256_file(path)
+    return sha256(content)
 
 
 def check_plan(path: Path, generation: Generation) -> Manifest | None:

@@ -7,7 +7,6 @@ import pytest
 
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.report import Report
-from distill_cli.store.codecs import CODECS
 from distill_cli.store.merge import merge
 from distill_cli.store.reader import Store
 from distill_cli.store.rows import Rows
@@ -194,7 +193,6 @@ def test_killed_anywhere_the_same_command_finishes(
         trim(source, out, top_k=3, report=QUIET)
 
 
-@pytest.mark.skipif("compact" not in CODECS, reason="this build has no codec compact")
 def test_another_codec(source: Store, tmp_path: Path) -> None:
     trim(source, tmp_path / "small", codec="compact", report=QUIET)
     small = Store(tmp_path / "small")
