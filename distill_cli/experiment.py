@@ -236,8 +236,14 @@ def _image_size(recipe: Recipe, store: Store | None) -> int | None:
 
 def _order(recipe: Recipe, source: Source, store: Store | None, world: World) -> TrainingOrder:
     config = recipe.train
-    if config.batch_size % world.size:
-        raise UsageError(f"--batch-size {config.batch_size}: is global and does not divide by {world.size} ranks")
+    views = config.views_per_read
+    if config.batch_size % (views * world.size):
+        several = "" if views == 1 else f"--views-per-read {views} and "
+        raise UsageError(
+            f"--batch-size {config.batch_size}: is global and does not divide by {several}{world.size} ranks"
+        )
+    if store is not None and views > store.views:
+        raise UsageError(f"--views-per-read {views}: store {store} has {store.views} views; give at most as many")
     return TrainingOrder(
         sample_ids=store.sample_ids if store else np.arange(len(source)),
         batch_size=config.batch_size,
@@ -245,6 +251,7 @@ def _order(recipe: Recipe, source: Source, store: Store | None, world: World) ->
         views=store.views if store else 2**31,
         rank=world.rank,
         world_size=world.size,
+        views_per_read=views,
     )
 
 

@@ -21,6 +21,9 @@ class TrainConfig:
     """Optimiser steps in all; wins over `epochs`."""
     batch_size: Positive = 256
     """Global, over all ranks. What does not fill an epoch's last batch waits for another epoch's shuffle."""
+    views_per_read: Positive = 1
+    """`--views-per-read`: views that a sample is seen by each time it is decoded, all in one step: N times less
+    reading, decoding and seeking for as many inputs. `batch_size` counts inputs, and divides by it."""
     lr: PositiveFloat | None = None
     """Peak learning rate, as it is; by default 5e-4 x batch_size / 512."""
     min_lr: NonNegative = 1e-5

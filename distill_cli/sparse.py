@@ -16,7 +16,7 @@ temperature 1: p^(1/T) of a draw is no estimate of p^(1/T). Its entropy is not t
 measures no KL. Whoever brings rows and an objective together refuses another temperature.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,11 @@ class SparseLogits:
     def clone(self) -> "SparseLogits":
         return self._each(Tensor.clone)
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Its tensors."""
+        return (self.class_id, self.log_prob, self.log_tail, *(() if self.count is None else (self.count,)))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "SparseLogits":
         count = None if self.count is None else change(self.count)
         return SparseLogits(change(self.class_id), change(self.log_prob), change(self.log_tail), count)
@@ -94,6 +99,19 @@ def top_k(logits: Tensor, k: int) -> SparseLogits:
     # Summing what is left keeps a tail of 1e-9 exact, where 1 - sum of the k would round it to zero.
     log_tail = log_prob.scatter(-1, class_id, -torch.inf).logsumexp(dim=-1)
     return SparseLogits(class_id, values, log_tail)
+
+
+def stacked(parts: Sequence[SparseLogits]) -> SparseLogits:
+    """The rows of several batches, one behind the other, in memory of their own; shorter rows are padded."""
+    width = max(part.class_id.shape[-1] for part in parts)
+    ragged = any(part.count is not None or part.class_id.shape[-1] < width for part in parts)
+    padding = [(0, width - part.class_id.shape[-1]) for part in parts]
+    return SparseLogits(
+        torch.cat([F.pad(part.class_id, pad) for part, pad in zip(parts, padding, strict=True)]),
+        torch.cat([F.pad(part.log_prob, pad, value=-torch.inf) for part, pad in zip(parts, padding, strict=True)]),
+        torch.cat([part.log_tail for part in parts]),
+        torch.cat([part.counts for part in parts]) if ragged else None,
+    )
 
 
 def keep_mass(rows: SparseLogits, mass: float, min_k: int) -> SparseLogits:

@@ -253,6 +253,7 @@ def _training_batches(setup: Experiment, start: int, stop: int, world: World) ->
         seed=setup.recipe.train.seed,
         drawn=setup.store.drawn if setup.store else None,
         rows=SparseRows(setup.store) if setup.store else None,
+        views_per_read=setup.recipe.train.views_per_read,
         skip_unreadable=setup.recipe.data.skip_unreadable,
     )
     for batch in load(batches, range(start, stop), world.workers, world.device):

@@ -129,7 +129,7 @@ def test_uniforms_are_of_each_sample_alone() -> None:
 
 def test_what_waits_to_be_written_does_not_hold_on_to_the_images(make_capture: Callable[..., Capture]) -> None:
     made = make_capture()
-    batch = Batch(torch.rand(4, 3, 24, 24), torch.zeros(4), np.arange(4), 0)
+    batch = Batch(torch.rand(4, 3, 24, 24), torch.zeros(4), np.arange(4), (0,))
     assert teach(made, batch, CPU).batch.images.untyped_storage().nbytes() == 0
 
 
@@ -160,7 +160,7 @@ def make_sink(make_capture: Callable[..., Capture], tmp_path: Path) -> Sinks:
 
 def _taught(finite: bool = True) -> Taught:
     rows = top_k(torch.zeros(4, 3), 2)
-    return Taught(rows, torch.full((4,), finite), Batch(torch.empty(0), torch.zeros(4), np.arange(4), 0), None)
+    return Taught(rows, torch.full((4,), finite), Batch(torch.empty(0), torch.zeros(4), np.arange(4), (0,)), None)
 
 
 def _hand_over(sink: _Sink, *parts: Taught | None, after: Callable[[], object] = lambda: None) -> None:

@@ -23,7 +23,7 @@ def batches(logits: Tensor, labels: Tensor, size: int, rows: SparseLogits | None
     for start in range(0, len(logits), size):
         part = slice(start, start + size)
         teacher = rows and some(rows, part)
-        yield Batch(logits[part], labels[part], np.arange(len(logits))[part], view=0, teacher=teacher)
+        yield Batch(logits[part], labels[part], np.arange(len(logits))[part], views=(0,), teacher=teacher)
 
 
 def accuracy(logits: Tensor, labels: Tensor, size: int = 1000) -> Accuracy:
@@ -99,8 +99,8 @@ def test_a_certain_and_wrong_model_is_as_far_from_calibrated_as_can_be() -> None
 
 
 def test_images_that_were_skipped_are_counted_and_not_judged() -> None:
-    batch = Batch(torch.eye(3), torch.arange(3), np.arange(3), view=0, skipped=("one", "two"))
-    empty = Batch(torch.empty(0), torch.empty(0, dtype=torch.long), np.arange(0), view=0, skipped=("three",))
+    batch = Batch(torch.eye(3), torch.arange(3), np.arange(3), views=(0,), skipped=("one", "two"))
+    empty = Batch(torch.empty(0), torch.empty(0, dtype=torch.long), np.arange(0), views=(0,), skipped=("three",))
     with Report(quiet=True).progress("", 0) as progress:
         found = measure_accuracy(nn.Identity(), [batch, empty], 3, WORLD, "fp32", progress)
     assert (found.images, found.skipped, found.top1) == (3, 3, 100)

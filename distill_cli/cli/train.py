@@ -22,6 +22,9 @@ def command(
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.")] = None,
     batch_size: options.BatchSize = None,
+    views_per_read: Annotated[
+        int | None, typer.Option("--views-per-read", metavar="N", help="Views of an image each time it is decoded.")
+    ] = None,
     lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Peak learning rate, unscaled.")] = None,
     image_size: options.ImageSize = None,
     workers: options.Workers = None,
@@ -51,6 +54,7 @@ def command(
             ("--objective", "objective.name", objective),
             ("--epochs", "train.epochs", epochs),
             ("--batch-size", "train.batch_size", batch_size),
+            ("--views-per-read", "train.views_per_read", views_per_read),
             ("--lr", "train.lr", lr),
             ("--image-size", "data.image_size", image_size),
             ("--workers", "runtime.workers", workers),

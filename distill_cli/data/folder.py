@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from distill_cli.data.images import read_file
+from distill_cli.data.images import Readable, decode, read_file
 from distill_cli.data.listing_cache import cached_listing
 from distill_cli.report import Report
 
@@ -16,7 +16,7 @@ SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class ImageFolder(Readable):
     """Image files below one folder, by their relative paths."""
 
     root: Path
@@ -27,8 +27,11 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, sample_id: int) -> Image.Image:
+    def content(self, sample_id: int) -> bytes:
         return read_file(self.root / self.keys[sample_id])
+
+    def decode(self, sample_id: int, content: bytes) -> Image.Image:
+        return decode(content, self.root / self.keys[sample_id])
 
 
 def open_folder(folder: Path, split: str, cached: bool = True, report: Report | None = None) -> ImageFolder | None:

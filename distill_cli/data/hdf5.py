@@ -5,7 +5,6 @@ length. A file is opened by the process that reads it: its handle is never pickl
 """
 
 import functools
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill_cli.data.folder import SPLITS
-from distill_cli.data.images import decode, unreadable
+from distill_cli.data.images import Readable, decode, unreadable
 from distill_cli.data.keys import Numbers
 from distill_cli.data.labels import Labels, from_numbers, from_text
 from distill_cli.errors import UsageError
@@ -30,13 +29,14 @@ _files: dict[Path, Any] = {}
 
 
 @dataclass(frozen=True)
-class Hdf5Source:
+class Hdf5Source(Readable):
     """The images of one dataset; a sample's key is its index."""
 
     path: Path
     dataset: str
     count: int
-    encoded: bool
+    shape: tuple[int, ...] | None
+    """Of each, where they are arrays; None where they are encoded."""
     labels: NDArray[np.int64] | None
     classes: tuple[str, ...] | None
 
@@ -47,15 +47,20 @@ class Hdf5Source:
     def keys(self) -> Sequence[str]:
         return Numbers(self.count)
 
-    def read(self, sample_id: int) -> Image.Image:
-        name = f"{self.path}: {self.dataset}[{sample_id}]"
+    def content(self, sample_id: int) -> bytes:
         try:
             stored = _opened(self.path)[self.dataset][sample_id]
         except (OSError, KeyError, ValueError) as error:
-            raise unreadable(name, error) from error
-        if self.encoded:
-            return decode(io.BytesIO(stored if isinstance(stored, bytes) else stored.tobytes()), name)
-        return Image.fromarray(stored).convert("RGB")
+            raise unreadable(self._name(sample_id), error) from error
+        return stored if isinstance(stored, bytes) else stored.tobytes()
+
+    def decode(self, sample_id: int, content: bytes) -> Image.Image:
+        if self.shape is None:
+            return decode(content, self._name(sample_id))
+        return Image.fromarray(np.frombuffer(content, np.uint8).reshape(self.shape)).convert("RGB")
+
+    def _name(self, sample_id: int) -> str:
+        return f"{self.path}: {self.dataset}[{sample_id}]"
 
 
 def open_hdf5(path: Path, split: str) -> Hdf5Source | None:
@@ -95,7 +100,8 @@ def _source(path: Path, file: Any, group: str) -> Hdf5Source:
         labels, classes = _labels(file[group + LABELS], f"{path}: {group}{LABELS}")
         if len(labels) != len(images):
             raise UsageError(f"{path}: {len(labels)} {group}{LABELS} for {len(images)} {group}{IMAGES}")
-    return Hdf5Source(path, group + IMAGES, len(images), encoded, labels, classes)
+    shape = None if encoded else images.shape[1:]
+    return Hdf5Source(path, group + IMAGES, len(images), shape, labels, classes)
 
 
 def _is_encoded(images: Any) -> bool:

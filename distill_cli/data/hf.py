@@ -5,7 +5,6 @@ The image column is the one of type Image (or of `{bytes, path}`); the label col
 """
 
 import functools
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill_cli.data.folder import SPLITS
-from distill_cli.data.images import decode, unreadable
+from distill_cli.data.images import Readable, decode, unreadable
 from distill_cli.data.keys import Numbers
 from distill_cli.data.labels import Labels, from_numbers, from_text
 from distill_cli.errors import UsageError
@@ -26,7 +25,7 @@ LABELS = ("label", "labels")
 
 
 @dataclass(frozen=True)
-class HfSource:
+class HfSource(Readable):
     """The images of one column; a sample's key is its index."""
 
     name: str
@@ -42,12 +41,15 @@ class HfSource:
     def keys(self) -> Sequence[str]:
         return Numbers(len(self))
 
-    def read(self, sample_id: int) -> Image.Image:
-        name = f"{self.name}[{sample_id}]"
+    def content(self, sample_id: int) -> bytes:
         (stored,) = self.dataset[sample_id].values()
         if stored is None or stored["bytes"] is None:
-            raise unreadable(name, "its bytes are not in the dataset")
-        return decode(io.BytesIO(stored["bytes"]), name)
+            raise unreadable(f"{self.name}[{sample_id}]", "its bytes are not in the dataset")
+        content: bytes = stored["bytes"]
+        return content
+
+    def decode(self, sample_id: int, content: bytes) -> Image.Image:
+        return decode(content, f"{self.name}[{sample_id}]")
 
 
 def open_hf(path: str, split: str) -> HfSource | None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from distill_cli.data.images import Readable
 from distill_cli.data.keys import Numbers
 from distill_cli.errors import UsageError
 
@@ -20,7 +21,7 @@ PREFIXES = {"train": ("train",), "val": ("t10k", "test", "val")}
 
 
 @dataclass(frozen=True)
-class ArraySource:
+class ArraySource(Readable):
     """Grey images `[n, height, width]` in memory or memory-mapped, given out as RGB; a sample's key is its index."""
 
     images: NDArray[np.uint8]
@@ -34,8 +35,11 @@ class ArraySource:
     def keys(self) -> Sequence[str]:
         return Numbers(len(self))
 
-    def read(self, sample_id: int) -> Image.Image:
-        return Image.fromarray(self.images[sample_id]).convert("RGB")
+    def content(self, sample_id: int) -> bytes:
+        return self.images[sample_id].tobytes()
+
+    def decode(self, sample_id: int, content: bytes) -> Image.Image:
+        return Image.fromarray(np.frombuffer(content, np.uint8).reshape(self.images.shape[1:])).convert("RGB")
 
 
 def open_sample(split: str) -> ArraySource:

@@ -1,9 +1,9 @@
 """Encoded images -> RGB, whatever they are; what is no image is one line that names it."""
 
+import io
 import os
 import warnings
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -17,21 +17,33 @@ class UnreadableImage(DistillError):
     """One image cannot be decoded; `--skip-unreadable` goes on without it."""
 
 
-def read_file(path: Path) -> Image.Image:
-    """Decode an image file.
+class Readable:
+    """An image is read by its content, and decoded from it: what every source does in two steps of its own."""
+
+    def content(self, sample_id: int) -> bytes:
+        raise NotImplementedError
+
+    def decode(self, sample_id: int, content: bytes) -> Image.Image:
+        raise NotImplementedError
+
+    def read(self, sample_id: int) -> Image.Image:
+        return self.decode(sample_id, self.content(sample_id))
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file.
 
     Raises:
-        UnreadableImage: it cannot be read or is no image.
+        UnreadableImage: it cannot be read, or is a pipe or device.
     """
     try:
-        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+        with open(path, "rb", opener=_without_waiting) as file:
+            return file.read()
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    with file:
-        return decode(file, path)
 
 
-def decode(file: IO[bytes], name: object) -> Image.Image:
+def decode(content: bytes, name: object) -> Image.Image:
     """The first frame of an encoded image as RGB, as Pillow has it: EXIF rotation is not applied.
 
     Raises:
@@ -41,7 +53,7 @@ def decode(file: IO[bytes], name: object) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns of odd metadata, and of half the size that it refuses.
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
+            with Image.open(io.BytesIO(content)) as image:
                 return as_rgb(image)
     except Exception as error:
         # Pillow's plugins let through whatever a damaged file makes them stumble over.

@@ -36,11 +36,27 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, sample_id: int) -> Image.Image:
-        """Decode one image as RGB.
+    def content(self, sample_id: int) -> bytes:
+        """What an image is decoded from: its file, or the bytes of its pixels.
 
         Raises:
-            UnreadableImage: the file cannot be read or is no image.
+            UnreadableImage: it cannot be read.
+        """
+        ...
+
+    def decode(self, sample_id: int, content: bytes) -> Image.Image:
+        """The image of some content as RGB.
+
+        Raises:
+            UnreadableImage: it is no image.
+        """
+        ...
+
+    def read(self, sample_id: int) -> Image.Image:
+        """One image as RGB: its content, decoded.
+
+        Raises:
+            UnreadableImage: it cannot be read or is no image.
         """
         ...
 

@@ -5,6 +5,7 @@ the split; here the image is named, and there is no such split. What streams (tf
 """
 
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill_cli.data.folder import ImageFolder
-from distill_cli.data.images import as_rgb, unreadable
+from distill_cli.data.images import Readable, as_rgb, unreadable
 from distill_cli.data.keys import Keys, Numbers
 from distill_cli.data.labels import from_numbers
 from distill_cli.errors import UsageError
@@ -26,7 +27,7 @@ VAL = ("val", "valid", "validation", "eval", "evaluation")
 
 
 @dataclass(frozen=True)
-class TimmSource:
+class TimmSource(Readable):
     """A data set of torchvision that holds its images itself; a sample's key is its index."""
 
     name: str
@@ -41,11 +42,16 @@ class TimmSource:
     def keys(self) -> Sequence[str]:
         return Numbers(len(self))
 
-    def read(self, sample_id: int) -> Image.Image:
+    def content(self, sample_id: int) -> bytes:
+        """Width and height (uint32) and the pixels: the data set itself decodes."""
         try:
-            return as_rgb(self.dataset[sample_id][0])
+            image = as_rgb(self.dataset[sample_id][0])
         except Exception as error:
             raise unreadable(f"{self.name}[{sample_id}]", error) from error
+        return struct.pack("<2I", *image.size) + image.tobytes()
+
+    def decode(self, sample_id: int, content: bytes) -> Image.Image:
+        return Image.frombytes("RGB", struct.unpack("<2I", content[:8]), content[8:])
 
 
 def open_timm(name: str, split: str, root: str | None) -> TimmSource | ImageFolder | None:

@@ -5,8 +5,6 @@ torchvision replays without anything stored. (TinyViT stores a seed a sample and
 vendored transforms, which misses those that draw elsewhere; FKD stores crop boxes and knows no other transform.)
 """
 
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -23,6 +21,7 @@ from torchvision import transforms
 from distill_cli.config import Colour
 from distill_cli.data.config import DEFAULTS, SEEN, DataConfig, View, said
 from distill_cli.data.crops import RANDOM, CentreCrop, Elsewhere, PadCrop, SimpleCrop, evaluated
+from distill_cli.data.pixels import Box, Pixels
 from distill_cli.data.policies import TRIVIAL, Trivial, in_proportion
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.randomness import derive, seed_everything
@@ -127,43 +126,6 @@ def check_replayable(where: str, transform: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Box:
-    """A box of noise in place of an image's pixels."""
-
-    top: int
-    left: int
-    noise: Tensor
-    """float32 `[3, height, width]`, in normalised units."""
-
-    def scaled(self, ratio: float) -> "Box":
-        """The box in an image of another size, its edges rounded, its noise drawn anew."""
-        height, width = self.noise.shape[1:]
-        (top, bottom), (left, right) = (
-            (round(start * ratio), round((start + length) * ratio))
-            for start, length in ((self.top, height), (self.left, width))
-        )
-        return Box(top, left, torch.randn(3, max(1, bottom - top), max(1, right - left)))
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """What a view makes of some samples, before the arithmetic that follows: the same bytes on every device."""
-
-    images: Tensor
-    """uint8 `[batch, 3, size, size]`."""
-    boxes: tuple[Box | None, ...]
-    """What is erased of each."""
-
-    def checksum(self, place: int) -> int:
-        """The CRC-32 of an image's bytes and, where it is erased, of top, left, height, width (int32) and the noise."""
-        crc, box = zlib.crc32(self.images[place].numpy().tobytes()), self.boxes[place]
-        if box is None:
-            return crc
-        crc = zlib.crc32(struct.pack("<4i", box.top, box.left, *box.noise.shape[1:]), crc)
-        return zlib.crc32(box.noise.numpy().astype("<f4", copy=False).tobytes(), crc)
-
-
-@dataclass(frozen=True)
 class Transform:
     """What makes a model's inputs of images: what is drawn, image by image, then the arithmetic of the whole batch."""
 
@@ -190,17 +152,11 @@ class Transform:
             seed_everything(derive("view", seed, view, sample_id))
             pixels.append(self.pixels(image))
             boxes.append(self._box(pixels[-1].shape, derive("erase", seed, view, sample_id)))
-        return Pixels(torch.stack(pixels), tuple(boxes))
+        return Pixels.of(pixels, boxes)
 
     def inputs(self, pixels: Pixels) -> Tensor:
-        """float32 `[batch, 3, size, size]`, normalised, with what is erased."""
-        mean, std = (torch.tensor(colour).view(3, 1, 1) for colour in (self.mean, self.std))
-        inputs = pixels.images.float().div_(255).sub_(mean).div_(std)
-        for place, box in enumerate(pixels.boxes):
-            if box is not None:
-                height, width = box.noise.shape[1:]
-                inputs[place, :, box.top : box.top + height, box.left : box.left + width] = box.noise
-        return inputs
+        """float32 `[batch, 3, size, size]`, normalised, with what is erased, on the device of the pixels."""
+        return pixels.inputs(self.mean, self.std)
 
     def _box(self, shape: torch.Size, number: int) -> Box | None:
         if self.erase is None:

@@ -5,7 +5,6 @@ and taken to stay what it is.
 """
 
 import contextlib
-import io
 import os
 import stat
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill_cli.cache import FileCache, user_cache
-from distill_cli.data.images import decode, unreadable
+from distill_cli.data.images import Readable, decode, unreadable
 from distill_cli.data.keys import Keys, first_double
 from distill_cli.data.labels import from_text
 from distill_cli.data.listing_cache import Count, keep, load, shown
@@ -81,7 +80,7 @@ class Tars:
 
 
 @dataclass(frozen=True)
-class TarSource:
+class TarSource(Readable):
     """Images in tars; a sample's key is the tar's name without `.tar`, a slash, and its key in the tar."""
 
     tars: Tars
@@ -96,16 +95,21 @@ class TarSource:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, sample_id: int) -> Image.Image:
+    def content(self, sample_id: int) -> bytes:
         number, size = int(self.tar[sample_id]), int(self.sizes[sample_id])
-        name = f"{self.tars.names[number]}: {self.keys[sample_id]}"
         try:
             content = self.tars.read(number, int(self.offsets[sample_id]), size)
         except OSError as error:
-            raise unreadable(name, error) from error
+            raise unreadable(self._name(sample_id), error) from error
         if len(content) != size:
-            raise unreadable(name, "the tar is shorter than it was")
-        return decode(io.BytesIO(content), name)
+            raise unreadable(self._name(sample_id), "the tar is shorter than it was")
+        return content
+
+    def decode(self, sample_id: int, content: bytes) -> Image.Image:
+        return decode(content, self._name(sample_id))
+
+    def _name(self, sample_id: int) -> str:
+        return f"{self.tars.names[int(self.tar[sample_id])]}: {self.keys[sample_id]}"
 
 
 def open_tars(

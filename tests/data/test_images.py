@@ -12,13 +12,17 @@ from PIL import Image
 
 from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.images import UnreadableImage, printable, read_file
+from distill_cli.data.images import UnreadableImage, decode, printable, read_file
 from distill_cli.data.sources import Source
+
+
+def _read(path: Path) -> Image.Image:
+    return decode(read_file(path), path)
 
 
 def _refused(path: Path) -> str:
     with pytest.raises(UnreadableImage) as caught:
-        read_file(path)
+        _read(path)
     said = str(caught.value)
     assert "\n" not in said
     assert said.endswith("replace it, or go on without it by --skip-unreadable")
@@ -38,7 +42,7 @@ def _png(width: int, height: int) -> bytes:
 
 def test_a_palette_with_transparency_is_read_without_a_warning(picture: Image.Image, tmp_path: Path) -> None:
     picture.convert("P").save(tmp_path / "a.png", transparency=bytes(range(10)))
-    assert read_file(tmp_path / "a.png").mode == "RGB"
+    assert _read(tmp_path / "a.png").mode == "RGB"
 
 
 @pytest.mark.parametrize("mode", ["LA", "I;16", "F"])
@@ -48,7 +52,7 @@ def test_grey_of_any_depth_is_read_as_rgb(images: ArraySource, tmp_path: Path, m
         Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "a.tif")
     else:
         Image.fromarray(grey).convert(mode).save(tmp_path / "a.tif")
-    assert np.array_equal(np.asarray(read_file(tmp_path / "a.tif"))[..., 2], grey)
+    assert np.array_equal(np.asarray(_read(tmp_path / "a.tif"))[..., 2], grey)
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.png", "a.tiff"])
@@ -56,7 +60,7 @@ def test_of_an_animation_the_first_frame_is_read(images: ArraySource, tmp_path: 
     frames = [images.read(place) for place in range(3)]
     options = {"lossless": True} if name.endswith("webp") else {}
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
-    assert read_file(tmp_path / name).tobytes() == frames[0].tobytes()
+    assert _read(tmp_path / name).tobytes() == frames[0].tobytes()
 
 
 def test_an_exif_rotation_is_not_applied(picture: Image.Image, tmp_path: Path) -> None:
@@ -64,12 +68,12 @@ def test_an_exif_rotation_is_not_applied(picture: Image.Image, tmp_path: Path) -
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.resize((28, 14)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_file(tmp_path / "a.jpg").size == (28, 14)
+    assert _read(tmp_path / "a.jpg").size == (28, 14)
 
 
 def test_a_wide_image_is_read(tmp_path: Path) -> None:
     Image.new("RGB", (20_000, 30), (1, 2, 3)).save(tmp_path / "a.png")
-    image = read_file(tmp_path / "a.png")
+    image = _read(tmp_path / "a.png")
     assert (image.size, image.getpixel((19_999, 29))) == ((20_000, 30), (1, 2, 3))
 
 
@@ -109,7 +113,7 @@ def test_flipped_bytes_are_an_image_or_named(picture: Image.Image, tmp_path: Pat
         content[place] = draw.integers(256)
     path.write_bytes(content)
     with contextlib.suppress(UnreadableImage):
-        assert read_file(path).mode == "RGB"
+        assert _read(path).mode == "RGB"
 
 
 def test_a_pipe_in_a_files_place_does_not_wait(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from distill_cli.data.views import DataConfig, Transform, resolve_view, train_tr
 from distill_cli.errors import DistillError
 from distill_cli.randomness import preserved, seed_everything
 from distill_cli.replay import SparseRows
+from distill_cli.sparse import SparseLogits
 from distill_cli.store.plan import Plan
 from distill_cli.store.reader import Store
 from distill_cli.store.writer import StoreWriter
@@ -161,7 +163,7 @@ def test_images_of_an_array_load_without_a_warning(images: ArraySource, transfor
     assert (len(batch), batch.sample_ids.tolist()) == (1, [2])
 
 
-def test_a_batch_moves_with_its_teacher(
+def test_a_batch_has_its_teachers_rows(
     tmp_path: Path,
     source: Source,
     transform: Transform,
@@ -174,7 +176,7 @@ def test_a_batch_moves_with_its_teacher(
     for number, batch in enumerate(_loaded(Batches(source, transform, order, rows=rows), range(2, 5), workers=1), 2):
         expected = rows(*order(number))
         assert batch.teacher is not None
-        assert torch.equal(batch.to(CPU).teacher.class_id, expected.class_id)  # type: ignore[union-attr]
+        assert torch.equal(batch.teacher.class_id, expected.class_id)
         assert torch.equal(batch.teacher.log_tail, expected.log_tail)
 
 
@@ -241,3 +243,90 @@ def test_workers_are_gone_as_soon_as_the_work_has_ended(damaged: Source, transfo
         assert set(multiprocessing.active_children()) <= before
     finally:
         gc.enable()
+
+
+# Several views a read.
+
+
+@given(SIZES, SIZES, st.integers(1, 4), st.integers(0, 3))
+def test_a_pass_reads_each_sample_once_for_several_views(count: int, batch_size: int, reads: int, number: int) -> None:
+    batch_size *= reads
+    order = TrainingOrder(np.arange(count), batch_size, seed=0, views=5, views_per_read=reads)
+    steps = order._steps_per_pass
+    parts = [order(number * steps + step) for step in range(steps)]
+    seen = np.concatenate([ids for _, ids in parts])
+    assert len(np.unique(seen)) == len(seen)
+    assert {view for view, _ in parts} == {number * reads % 5}
+    assert all(len(ids) * reads == order.images_per_step <= max(batch_size, reads * count) for _, ids in parts)
+    if count >= order.images_per_step:
+        # As many inputs as with one view a read, which is what an epoch counts.
+        assert steps == reads * order.steps_per_epoch
+        assert count - len(seen) < order.images_per_step
+
+
+def test_without_several_views_the_order_is_what_it_was() -> None:
+    one, plain = (TrainingOrder(np.arange(50), 7, 1, 3, **more) for more in ({"views_per_read": 1}, {}))
+    assert all(np.array_equal(one(step)[1], plain(step)[1]) for step in range(30))
+    assert one.steps_per_epoch == one._steps_per_pass == 7
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_several_views_of_a_sample_are_each_as_alone(
+    tmp_path: Path,
+    source: Source,
+    transform: Transform,
+    make_plan: Callable[..., Plan],
+    fill_store: Callable[..., StoreWriter],
+    workers: int,
+) -> None:
+    fill_store(tmp_path, make_plan(samples=18, views=3, first_view=4))
+    store = Store(tmp_path)
+    rows = SparseRows(store)
+    order = TrainingOrder(np.arange(18), 6, seed=0, views=3, views_per_read=2)
+    batches = Batches(source, transform, order, drawn=store.drawn, rows=rows, views_per_read=2)
+    counted = _Counted(source)
+    assert len(_loaded(replace(batches, source=counted), range(6))) == 6
+    assert sorted(counted.asked) == list(range(18))
+    for number, batch in enumerate(_loaded(batches, range(9), workers)):
+        first, ids = order(number)
+        views = (first, (first + 1) % 3)
+        assert (batch.views, batch.sample_ids.tolist()) == (views, 2 * ids.tolist())
+        alone = [
+            Batches(source, transform, lambda _, v=view, i=ids: (v, i), drawn=store.drawn, rows=rows).load(0)  # type: ignore[misc]
+            for view in views
+        ]
+        assert torch.equal(batch.images, torch.cat([one.images for one in alone]))
+        assert torch.equal(batch.labels, torch.cat([one.labels for one in alone]))
+        assert batch.teacher is not None
+        for part, of_one in zip(
+            batch.teacher.parts, zip(*(one.teacher.parts for one in alone), strict=True), strict=True
+        ):
+            assert torch.equal(part, torch.cat(of_one))
+
+
+def test_an_unreadable_image_is_left_out_of_all_its_views(damaged: Source, transform: Transform) -> None:
+    only: Order = lambda _: (0, np.array([0, 1, 2]))  # noqa: E731
+    batch = Batches(damaged, transform, only, rows=_numbered, views_per_read=2, skip_unreadable=True).load(0)
+    assert (batch.sample_ids.tolist(), len(batch.skipped)) == ([0, 2, 0, 2], 1)
+    assert batch.teacher is not None
+    assert batch.teacher.class_id[:, 0].tolist() == [0, 2, 100, 102]
+
+
+class _Counted:
+    """A source that remembers what was read."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.asked = source, list[int]()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.source, name)
+
+    def read(self, sample_id: int) -> object:
+        self.asked.append(sample_id)
+        return self.source.read(sample_id)
+
+
+def _numbered(view: int, ids: np.ndarray) -> SparseLogits:
+    """Rows that say whose they are."""
+    numbers = torch.from_numpy(ids) + 100 * view
+    return SparseLogits(numbers[:, None], torch.zeros(len(ids), 1), torch.full((len(ids),), -torch.inf))

@@ -36,7 +36,7 @@ def make_batch(size: int = 8, seed: int = 1, kind: str = "fixed") -> Batch:
         images=torch.randn(size, 3, 28, 28, generator=generator),
         labels=torch.randint(CLASSES, (size,), generator=generator),
         sample_ids=torch.arange(size).numpy(),
-        view=0,
+        views=(0,),
         teacher=make_rows(3 * torch.randn(size, CLASSES, generator=generator), kind),
     )
 
