@@ -40,3 +40,5 @@ class RuntimeConfig:
     threads: Positive | None = None
     """torch's threads where the model is on the CPU; by default OMP_NUM_THREADS, else the cores that the loader
     leaves. More threads than free cores wait for each other: measured 15 times slower."""
+    timeout_s: PositiveFloat = 1800
+    """Of ranks: how long one waits for the others before it gives up."""

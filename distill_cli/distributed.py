@@ -1,13 +1,15 @@
-"""The ranks that do one piece of work together, as torchrun starts them; one process is a world of one.
+"""The ranks that do one piece of work together, as torchrun, srun or `--gpus` start them; one process is one rank.
 
-And the two signals that end the work: they are noted, and the loop in hand asks at the end of its step.
+And the signals that end the work: they are noted, and the loop in hand asks at the end of its step.
 """
 
 import contextlib
 import os
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distill_cli.config import RuntimeConfig
-from distill_cli.errors import Stopped, UsageError
+from distill_cli.errors import DistillError, Stopped, UsageError
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class World:
         """The largest of the ranks' numbers: one rank's signal stops all of them at the same step."""
         if self.size == 1:
             return number
-        largest = torch.tensor(number, device=self.device)
+        # On the host: nobody waits for a GPU.
+        largest = torch.tensor(number)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest.item())
 
@@ -66,8 +69,8 @@ def world(config: RuntimeConfig) -> Iterator[World]:
     Raises:
         UsageError: the device is not there.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = find_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, size, local_rank = place_among_ranks(os.environ)
+    device = find_device(config.device, local_rank)
     cores = len(os.sched_getaffinity(0))
     workers = default_workers(device, cores) if config.workers is None else config.workers
     if device.type == "cpu":
@@ -75,11 +78,52 @@ def world(config: RuntimeConfig) -> Iterator[World]:
     if size == 1:
         yield World(device, workers=workers)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    timeout = timedelta(seconds=config.timeout_s)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=timeout
+    )
     try:
-        yield World(device, rank, size, workers)
+        with _one_line_for_lost_ranks():
+            yield World(device, rank, size, workers)
     finally:
         dist.destroy_process_group()
+
+
+def place_among_ranks(environ: MutableMapping[str, str]) -> tuple[int, int, int]:
+    """(rank, ranks, rank on this machine), by the environment of torchrun or, where that is not there, of srun.
+
+    What torch needs to find the other ranks is added to the environment of srun.
+    """
+    if "WORLD_SIZE" in environ:
+        return int(environ.get("RANK", 0)), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
+    # Of the step, not of the job: a batch script is a single process of a job with many tasks.
+    size = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if size == 1 or "SLURM_PROCID" not in environ:
+        return 0, 1, 0
+    environ.setdefault("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"]))
+    environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))
+    return int(environ["SLURM_PROCID"]), size, int(environ.get("SLURM_LOCALID", 0))
+
+
+def first_host(hosts: str) -> str:
+    """The first of SLURM's list of hosts: `gpu[03-07,12],cpu1` -> `gpu03`."""
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", hosts, count=1).split(",")[0]
+
+
+@contextlib.contextmanager
+def _one_line_for_lost_ranks() -> Iterator[None]:
+    """
+    Raises:
+        DistillError: the others cannot be reached any more; torch's errors for that are of many kinds.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|Connection (closed|reset)", said):
+            raise
+        reason = re.sub(r"^\[[^]]*\] *", "", said).partition(". ")[0][:120]
+        raise DistillError(f"another rank is gone ({reason}); run the same command again to go on") from error
 
 
 def default_workers(device: torch.device, cores: int) -> int:
@@ -121,8 +165,11 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 class Signals:
-    """SIGINT and SIGTERM, noted while the block runs; a second one of a kind acts at once.
+    """SIGINT, SIGTERM and SIGUSR1 (SLURM's warning), noted while the block runs; a second one acts at once.
 
     with Signals() as signals:
         for batch in batches:
@@ -134,7 +181,7 @@ class Signals:
         self.received = 0
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.getsignal(number) for number in STOPPING}
         for number in self._before:
             signal.signal(number, self._note)
         return self

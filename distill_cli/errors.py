@@ -6,12 +6,13 @@
     ├── DamagedError    4    a store or a checkpoint is incomplete or damaged
     ├── GateError       5    a gate was not met (`eval --fail-below`)
     ├── BusyError      75    another process holds the directory
-    └── Stopped       130    SIGINT (143: SIGTERM); what could be saved is saved
+    └── Stopped       130    SIGINT (143: SIGTERM, SIGUSR1); what could be saved is saved
 
 A message is one sentence: where, what was found, what to do.
 """
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -56,7 +57,8 @@ class Stopped(DistillError):
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signum
+        # SLURM warns by a signal of choice before it sends SIGTERM: it is the same end.
+        self.exit_code = 128 + (signal.SIGTERM if signum == signal.SIGUSR1 else signum)
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:

@@ -10,13 +10,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distill_cli.config import RuntimeConfig
-from distill_cli.distributed import Signals, World, default_workers, find_device, set_threads, stopped, world
-from distill_cli.errors import UsageError
+from distill_cli.distributed import (
+    Signals,
+    World,
+    _one_line_for_lost_ranks,
+    default_workers,
+    find_device,
+    first_host,
+    place_among_ranks,
+    set_threads,
+    stopped,
+    world,
+)
+from distill_cli.errors import DistillError, UsageError
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_noted_and_the_work_goes_on(number: signal.Signals) -> None:
     with Signals() as signals:
         assert signals.received == 0
@@ -44,7 +55,7 @@ def test_a_second_signal_acts_at_once(number: signal.Signals) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
 def test_what_a_signal_ends_exits_as_a_shell_would_have_it(number: int, code: int) -> None:
     error = stopped(number, "runs/a: saved at step 3")
     assert error.exit_code == code
@@ -138,3 +149,58 @@ def test_two_ranks_agree_on_a_signal_and_add_up(tmp_path: Path) -> None:
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert [rank.pop("is_main") for rank in ranks] == [True, False]
     assert ranks == 2 * [{"agree": signal.SIGTERM, "quiet": 0, "sum": [2, 1], "wrapped": True}]
+
+
+# Who one is.
+
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "12345"}
+
+
+def test_alone_without_torchrun_or_srun() -> None:
+    assert place_among_ranks({}) == (0, 1, 0)
+
+
+def test_a_rank_of_torchrun() -> None:
+    assert place_among_ranks({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}) == (5, 8, 1)
+
+
+def test_a_rank_of_srun_finds_the_others() -> None:
+    environ = {**STEP, "SLURM_STEP_NODELIST": "gpu[03-04]"}
+    assert place_among_ranks(environ) == (2, 4, 0)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("gpu03", "32345")
+
+
+def test_torchrun_below_srun_is_torchrun() -> None:
+    environ = {**STEP, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    assert place_among_ranks(environ) == (1, 2, 1)
+
+
+def test_a_batch_script_of_a_job_with_many_tasks_is_one_process() -> None:
+    batch = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "gpu[03-04]"}
+    assert place_among_ranks(batch) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("gpu1", "gpu1"),
+        ("gpu[03-07,12],cpu1", "gpu03"),
+        ("cpu1,gpu[1-2]", "cpu1"),
+        ("n[7,9]", "n7"),
+        ("a-b[1-2]-c", "a-b1-c"),
+    ],
+)
+def test_the_first_host_of_a_list(hosts: str, first: str) -> None:
+    assert first_host(hosts) == first
+
+
+def test_a_lost_rank_is_one_line() -> None:
+    said = "[/src/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1. This is typically caused by"
+    expected = r"^another rank is gone \(Connection closed by peer .*\); run the same"
+    with pytest.raises(DistillError, match=expected), _one_line_for_lost_ranks():
+        raise RuntimeError(said)
+
+
+def test_other_errors_are_not_taken_for_lost_ranks() -> None:
+    with pytest.raises(RuntimeError, match="shapes do not match"), _one_line_for_lost_ranks():
+        raise RuntimeError("shapes do not match")

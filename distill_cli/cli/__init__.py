@@ -49,7 +49,7 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit by the codes of `errors.py`; an error is one line on stderr."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
     try:
         code = app(arguments, standalone_mode=False)
@@ -75,7 +75,10 @@ def _fail(message: str, code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    print(f"distill: {message}", file=sys.stderr, flush=True)
+    if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+        # What all ranks find is said once a machine.
+        rank = os.environ.get("RANK", "0")
+        print(f"distill: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

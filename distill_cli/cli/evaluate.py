@@ -29,6 +29,7 @@ def command(
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
     device: options.Device = None,
+    gpus: options.Gpus = None,
     precision: options.Precision = None,
     skip_unreadable: options.SkipUnreadable = False,
     sets: options.Sets = None,
@@ -37,6 +38,10 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Report a model's accuracy and calibration, and with --store its agreement with the teacher."""
+    if gpus is not None:
+        from distill_cli.launch import launch
+
+        raise typer.Exit(launch(gpus, device))
     from distill_cli import evaluate
     from distill_cli.distributed import world
     from distill_cli.recipe import load

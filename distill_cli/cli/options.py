@@ -69,6 +69,9 @@ ImageSize = Annotated[int | None, typer.Option("--image-size", metavar="PX", hel
 BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Images, over all ranks.")]
 Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="Loader processes; 0 for none.")]
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", metavar="N", help="Run as N ranks on this machine; torchrun works as well.")
+]
 Precision = Annotated[str | None, typer.Option("--precision", metavar="fp32|bf16", help="Of the forward pass.")]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of all that is drawn.")]
 SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Go on without images that do not decode.")]

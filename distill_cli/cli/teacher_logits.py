@@ -36,6 +36,7 @@ def command(
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
     device: options.Device = None,
+    gpus: options.Gpus = None,
     precision: options.Precision = None,
     seed: options.Seed = None,
     skip_unreadable: options.SkipUnreadable = False,
@@ -45,6 +46,10 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Write a store of a teacher's sparse top-k logits, or what is missing of it."""
+    if gpus is not None:
+        from distill_cli.launch import launch
+
+        raise typer.Exit(launch(gpus, device))
     from distill_cli import teacher_logits
     from distill_cli.distributed import world
     from distill_cli.recipe import load

@@ -29,6 +29,7 @@ def command(
     image_size: options.ImageSize = None,
     workers: options.Workers = None,
     device: options.Device = None,
+    gpus: options.Gpus = None,
     precision: options.Precision = None,
     seed: options.Seed = None,
     skip_unreadable: options.SkipUnreadable = False,
@@ -38,6 +39,10 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Train a student from a store or from labels, or go on where the run stopped."""
+    if gpus is not None:
+        from distill_cli.launch import launch
+
+        raise typer.Exit(launch(gpus, device))
     from distill_cli import train
     from distill_cli.distributed import world
     from distill_cli.recipe import load

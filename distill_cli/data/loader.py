@@ -353,4 +353,5 @@ def _arrived(batch: Batch, there: torch.cuda.Event) -> Batch:
 def _leave_signals_to_main(worker: int) -> None:
     # Ctrl-C reaches the whole process group; the main process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,13 +1,15 @@
 """Two ranks do the work of one process."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, SMALL_STUDENT, run_json
+from commands import ROOT, SMALL_STUDENT, run_json, start, wait_until
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -33,3 +35,38 @@ def test_two_ranks_train_the_weights_of_one_process(store, folder, tmp_path):
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5)
     assert alone["top1"] is not None
+
+
+def test_ranks_of_our_own_stop_and_go_on_together(store, folder, tmp_path):
+    """A signal to `--gpus 2` saves once; then a killed rank takes the other with it; then it is done."""
+    out = tmp_path / "run"
+    words = [*distil(store, folder, out), "--gpus", "2", "--device", "cpu", "--set", "train.log_every=1"]
+    process = start(*words)
+    wait_until(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text()) > 0, process)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert err.count("SIGUSR1: ") == 1
+    assert "; the same command goes on" in err.splitlines()[-1]
+    lines = len((out / "metrics.jsonl").read_text().splitlines())
+    process = start(*words)
+    wait_until(lambda: len((out / "metrics.jsonl").read_text().splitlines()) > lines, process)
+    os.kill(child_of(process.pid, rank=1), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "distill: another rank is gone (" in err
+    assert err.splitlines()[-1] == "distill: rank 1: was killed (SIGKILL); run the same command again to go on"
+    done = run_json(*words)
+    alone = run_json(*distil(store, folder, tmp_path / "one"))
+    assert (done["steps"], done["status"]) == (20, "done")
+    assert done["nll"] == pytest.approx(alone["nll"], abs=1e-4)
+
+
+def child_of(parent: int, rank: int) -> int:
+    """The process of a rank."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            below = int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if below and f"\0RANK={rank}\0".encode() in (entry / "environ").read_bytes():
+                return int(entry.name)
+    raise AssertionError(f"no rank {rank} below {parent}")
