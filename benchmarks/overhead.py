@@ -78,7 +78,7 @@ def training(recipe: Recipe, here: World) -> tuple[Callable[[], None], Callable[
 
     def ours() -> None:
         for step, batch in enumerate(train._training_batches(setup, 0, STEPS, here)):
-            train._step(setup.objective, optimizer, batch, step, setup, here)
+            train._step(setup.objective, optimizer, None, batch, step, setup, here)
 
     def bare() -> None:
         student = setup.objective.student

@@ -1,12 +1,13 @@
 """An experiment: recipe, store, data and student, opened, checked against each other, and with nothing left open."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from distill_cli.data import open_train, open_val
 from distill_cli.data.crops import evaluated
@@ -27,15 +28,24 @@ from distill_cli.distributed import World
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
 from distill_cli.objectives import Objective, build
-from distill_cli.optim import default_lr
+from distill_cli.optim import settle
 from distill_cli.recipe import Recipe, update
 from distill_cli.recipe import fingerprint as recipe_fingerprint
 from distill_cli.replay import check_data
 from distill_cli.report import Report
+from distill_cli.schedules import learning_rate
 from distill_cli.software import versions
 from distill_cli.store import open_store
 from distill_cli.store.reader import Store
-from distill_cli.students.build import check_forward, constructor_arguments, create, input_config, timm_name
+from distill_cli.students.build import (
+    check_forward,
+    constructor_arguments,
+    create,
+    has_batch_norm,
+    input_config,
+    timm_name,
+)
+from distill_cli.students.transfer import begin_from
 from distill_cli.students.weights import Card
 
 
@@ -58,6 +68,8 @@ class Experiment:
     classes: int
     arguments: dict[str, Any]
     """Of the student's constructor."""
+    begun: Mapping[str, str | None]
+    """The sha256 of the weights and of the class map that the student began from."""
 
     @property
     def transform(self) -> Transform:
@@ -72,6 +84,9 @@ class Experiment:
     @property
     def epochs(self) -> int:
         return -(-self.steps // self.order.steps_per_epoch)
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.steps, self.order.steps_per_epoch, self.recipe.train)
 
     def validates_at(self, step: int) -> bool:
         """After each epoch, and after the last step."""
@@ -88,20 +103,19 @@ class Experiment:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with besides the recipe."""
-        return {"data": fingerprint(self.source), "store": self.store and self.store.id}
+        return {"data": fingerprint(self.source), "store": self.store and self.store.id, **self.begun}
 
-    def card(self, top1: float | None, top5: float | None) -> Card:
+    def card(self, top1: float | None, top5: float | None, ema_decay: float | None = None) -> Card:
         """What the weights of this experiment say of themselves."""
         plan = self.store.plan if self.store else None
         view, recipe = self.view, self.recipe
         assert recipe.objective is not None
         assert recipe.student.name is not None
-        classes = plan.teacher["classes"] if plan else self.source.classes
         return Card(
             student=timm_name(recipe.student.name),
             arguments=self.arguments,
             num_classes=self.classes,
-            classes=classes and tuple(classes),
+            classes=class_names(self.source, self.store),
             input={
                 "input_size": (3, view.image_size, view.image_size),
                 "mean": view.mean,
@@ -114,6 +128,8 @@ class Experiment:
             objective=recipe.objective.name,
             teacher=plan.teacher["name"] if plan else None,
             store=self.store.id if self.store else None,
+            init_from=self.begun["init_from"],
+            ema_decay=ema_decay,
             top1=top1,
             top5=top5,
             software=versions(),
@@ -140,6 +156,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     student = create(
         recipe.student.name, num_classes=classes, arguments=arguments, pretrained=recipe.student.pretrained
     )
+    begun = _begin(recipe, student, class_names(source, store), report)
     taught = None if store is None else read_view(store.plan.transform, f"store {store}")
     view = _view(recipe, taught, input_config(student, size), size)
     _say_input(view, taught, report)
@@ -149,8 +166,32 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     assert settled.objective is not None
     objective = build(settled.objective, student).to(world.device)
     _check_needs(objective, settled, source, store)
-    _warn(recipe, source, val, store, report)
-    return Experiment(settled, origins, source, val, store, view, taught, objective, order, classes, arguments)
+    _warn(recipe, source, val, store, student, report)
+    return Experiment(settled, origins, source, val, store, view, taught, objective, order, classes, arguments, begun)
+
+
+def class_names(source: Source, store: Store | None) -> tuple[str, ...] | None:
+    """Of a student's classes: its teacher's where there is a store."""
+    names = store.plan.teacher["classes"] if store else source.classes
+    return names and tuple(names)
+
+
+def _begin(
+    recipe: Recipe, student: nn.Module, classes: Sequence[str] | None, report: Report
+) -> Mapping[str, str | None]:
+    """Fill the student with the weights that the recipe names, if it names any."""
+    source, class_map = recipe.train.init_from, recipe.student.class_map
+    if source is None:
+        if class_map is not None:
+            raise UsageError(
+                f"student.class_map: {class_map}, but there are no weights to take rows from; give --init-from"
+            )
+        return {"init_from": None, "class_map": None}
+    if recipe.student.pretrained:
+        raise UsageError(
+            f"--init-from {source}: the student is pretrained already; give one, or student.pretrained=false"
+        )
+    return begin_from(student, source, class_map, classes, report)
 
 
 def _view(recipe: Recipe, taught: View | None, own: Mapping[str, Any], size: int | None) -> View:
@@ -181,6 +222,7 @@ def _settle(
     epochs = train.epochs if train.steps is None else -(-train.steps // order.steps_per_epoch)
     warmup = epochs / 20 if train.warmup_epochs is None else train.warmup_epochs
     objective = recipe.objective.name if recipe.objective else "tinyvit" if store else "supervised"
+    chosen = settle(train)
     origins = dict.fromkeys(DEFAULTS, "default") if store is None else {}
     if recipe.data.input == "student":
         origins |= dict.fromkeys(SEEN, "student")
@@ -188,16 +230,21 @@ def _settle(
         "objective.name": ("store" if store else "no store", objective),
         "student.num_classes": ("store" if store else "data", classes),
         "student.img_size": (origins.get("image_size", by), view.image_size),
-        "train.lr": ("batch size", train.lr or default_lr(train.batch_size)),
+        "train.lr": ("batch size", chosen.pop("lr")),
         "train.epochs": ("steps" if train.steps else "default", epochs),
         "train.warmup_epochs": ("epochs", warmup),
     }
+    decided |= {f"train.{name}": ("optimizer", value) for name, value in chosen.items()}
     settled = update(recipe, {path: value for path, (_, value) in decided.items()})
     return settled, {path: origin for path, (origin, _) in decided.items()}
 
 
-def _warn(recipe: Recipe, source: Source, val: Source | None, store: Store | None, report: Report) -> None:
+def _warn(
+    recipe: Recipe, source: Source, val: Source | None, store: Store | None, student: nn.Module, report: Report
+) -> None:
     batch_size = recipe.train.batch_size
+    if recipe.train.freeze_bn and not has_batch_norm(student):
+        report.warn(f"train.freeze_bn: {recipe.student.name} has no BatchNorm to freeze")
     if len(source) < batch_size:
         report.warn(f"--batch-size {batch_size}: is more than the {len(source)} images; an epoch is one batch of all")
     if store is not None and store.unfinished_views:
@@ -238,6 +285,11 @@ def _order(recipe: Recipe, source: Source, store: Store | None, world: World) ->
     config = recipe.train
     if config.batch_size % world.size:
         raise UsageError(f"--batch-size {config.batch_size}: is global and does not divide by {world.size} ranks")
+    if config.accumulate * world.size > config.batch_size:
+        raise UsageError(
+            f"train.accumulate: {config.accumulate} parts of {config.batch_size // world.size} images a rank; "
+            "give fewer, or a larger --batch-size"
+        )
     return TrainingOrder(
         sample_ids=store.sample_ids if store else np.arange(len(source)),
         batch_size=config.batch_size,
