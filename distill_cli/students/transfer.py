@@ -58,7 +58,8 @@ def read_class_map(path: Path) -> list[int]:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(f"student.class_map {path}: cannot be read ({reason}); give class ids") from error
-    if not isinstance(rows, list) or not rows or not all(type(row) is int and row >= NEW for row in rows):
+    rows = [NEW if row is None else row for row in rows] if isinstance(rows, list) else None
+    if not rows or not all(type(row) is int and row >= NEW for row in rows):
         raise UsageError(
             f"student.class_map {path}: is no list of class ids; give one for each class, -1 for a new one"
         )
