@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim import Optimizer
 
 from distill_cli.data import open_train, open_val
 from distill_cli.data.crops import evaluated
@@ -25,10 +27,11 @@ from distill_cli.data.views import (
     train_transform,
 )
 from distill_cli.distributed import World
+from distill_cli.ema import build_ema
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
 from distill_cli.objectives import Objective, build
-from distill_cli.optim import settle
+from distill_cli.optim import build_optimizer, settle
 from distill_cli.recipe import Recipe, update
 from distill_cli.recipe import fingerprint as recipe_fingerprint
 from distill_cli.replay import check_data
@@ -64,6 +67,9 @@ class Experiment:
     taught: View | None
     """What the teacher of the store saw."""
     objective: Objective
+    optimizer: Optimizer
+    ema: ModelEmaV3 | None
+    """The average of the student's weights."""
     order: TrainingOrder
     classes: int
     arguments: dict[str, Any]
@@ -148,6 +154,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     store = open_store(recipe.store)
     if recipe.student.name is None:
         raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
+    _check_begin(recipe)
     classes = _classes(recipe, source, val, store)
     report.stage(f"{len(source)} images, {len(val) if val else 'none'} to validate on; building {recipe.student.name}")
     torch.manual_seed(recipe.train.seed)
@@ -167,7 +174,22 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     objective = build(settled.objective, student).to(world.device)
     _check_needs(objective, settled, source, store)
     _warn(recipe, source, val, store, student, report)
-    return Experiment(settled, origins, source, val, store, view, taught, objective, order, classes, arguments, begun)
+    return Experiment(
+        recipe=settled,
+        origins=origins,
+        source=source,
+        val=val,
+        store=store,
+        view=view,
+        taught=taught,
+        objective=objective,
+        optimizer=build_optimizer(objective, settled.train),
+        ema=build_ema(objective.student, settled.train),
+        order=order,
+        classes=classes,
+        arguments=arguments,
+        begun=begun,
+    )
 
 
 def class_names(source: Source, store: Store | None) -> tuple[str, ...] | None:
@@ -180,18 +202,17 @@ def _begin(
     recipe: Recipe, student: nn.Module, classes: Sequence[str] | None, report: Report
 ) -> Mapping[str, str | None]:
     """Fill the student with the weights that the recipe names, if it names any."""
-    source, class_map = recipe.train.init_from, recipe.student.class_map
-    if source is None:
-        if class_map is not None:
-            raise UsageError(
-                f"student.class_map: {class_map}, but there are no weights to take rows from; give --init-from"
-            )
+    if recipe.train.init_from is None:
         return {"init_from": None, "class_map": None}
-    if recipe.student.pretrained:
-        raise UsageError(
-            f"--init-from {source}: the student is pretrained already; give one, or student.pretrained=false"
-        )
-    return begin_from(student, source, class_map, classes, report)
+    return begin_from(student, recipe.train.init_from, recipe.student.class_map, classes, report)
+
+
+def _check_begin(recipe: Recipe) -> None:
+    source, class_map = recipe.train.init_from, recipe.student.class_map
+    if class_map is not None and source is None:
+        raise UsageError(f"student.class_map {class_map}: there are no weights to take rows from; give --init-from")
+    if source is not None and recipe.student.pretrained:
+        raise UsageError(f"--init-from {source}: the student is pretrained already; give one of them")
 
 
 def _view(recipe: Recipe, taught: View | None, own: Mapping[str, Any], size: int | None) -> View:

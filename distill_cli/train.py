@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from distill_cli.accumulate import backward
 from distill_cli.checkpoint import (
@@ -28,7 +26,6 @@ from distill_cli.data import absolute
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
-from distill_cli.ema import build_ema
 from distill_cli.errors import DistillError, MismatchError
 from distill_cli.experiment import Experiment, open_experiment
 from distill_cli.files import (
@@ -43,7 +40,6 @@ from distill_cli.history import History, Window, last_validation
 from distill_cli.locks import locked
 from distill_cli.metrics import every_image, measure_accuracy
 from distill_cli.objectives import Losses
-from distill_cli.optim import build_optimizer
 from distill_cli.randomness import derive
 from distill_cli.recipe import Recipe, differences, to_toml, update
 from distill_cli.recipe import load as load_recipe
@@ -128,17 +124,15 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     check_ours(out, (RECIPE, RESULT, FOLDER), "run")
     setup = open_experiment(recipe, world, report)
     _finished(setup, out)
-    optimizer = build_optimizer(setup.objective, setup.recipe.train)
-    ema = build_ema(setup.objective.student, setup.recipe.train)
     report.stage("timing a few steps")
     start = images = 0.0
     for number, batch in enumerate(_training_batches(setup, 0, min(BILL_STEPS, setup.steps), world)):
-        _step(setup.objective, optimizer, ema, batch, number, setup, world)
+        _step(setup.objective, batch, number, setup, world)
         # The first step pays for the loader's start, and is not timed unless it is the only one.
         images += len(batch) if start else 0
         start = start or time.monotonic()
     images_per_s = images / max(time.monotonic() - start, 1e-3)
-    tensors = checkpoint_tensors(setup.objective, optimizer, ema).values()
+    tensors = checkpoint_tensors(setup.objective, setup.optimizer, setup.ema).values()
     return Bill(
         recipe=setup.recipe,
         origins=setup.origins,
@@ -155,8 +149,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
 def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     """The training loop: from the newest checkpoint, or from the start, to the last step and the result."""
     config, objective, order = setup.recipe.train, setup.objective, setup.order
-    optimizer, ema = build_optimizer(objective, config), build_ema(objective.student, config)
-    done = _resume(setup, out, optimizer, ema, report)
+    done = _resume(setup, out, report)
     if setup.store is not None:
         report.stage("proving that the views replay to the pixels that the teacher saw")
         assert setup.taught is not None
@@ -174,7 +167,7 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     ):
         while True:
             if setup.validates_at(done.step) and done.step not in history.validated:
-                numbers = _validate(setup, ema, world, signals)
+                numbers = _validate(setup, world, signals)
                 history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **numbers}, "val")
                 shown = (f"{name} {value:.4g}" for name, value in numbers.items() if name.endswith(("top1", "nll")))
                 report.stage(f"step {done.step}: {', '.join(shown)}")
@@ -182,7 +175,7 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
                 break
             began = time.monotonic()
             batch = next(batches)
-            losses, grad_norm = _step(model, optimizer, ema, batch, done.step, setup, world)
+            losses, grad_norm = _step(model, batch, done.step, setup, world)
             done.add(len(batch) * world.size, len(batch.skipped), time.monotonic() - began)
             window.add(done.step, losses, grad_norm, len(batch) * world.size)
             progress.advance(images, window.note)
@@ -194,35 +187,27 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
             if stop or setup.saves_at(done.step):
                 window.check()
                 if world.is_main:
-                    save_checkpoint(out, done.step, objective, optimizer, done.state(setup), ema)
+                    save_checkpoint(out, done.step, objective, setup.optimizer, done.state(setup), setup.ema)
             if stop:
                 raise stopped(stop, f"{out}: saved at step {done.step} of {setup.steps}; the same command goes on")
-    return _finish(setup, out, done, ema, world, report)
+    return _finish(setup, out, done, world, report)
 
 
-def _step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    ema: ModelEmaV3 | None,
-    batch: Batch,
-    step: int,
-    setup: Experiment,
-    world: World,
-) -> tuple[Losses, Tensor]:
+def _step(model: nn.Module, batch: Batch, step: int, setup: Experiment, world: World) -> tuple[Losses, Tensor]:
     """One optimiser step; what it draws depends on (seed, step, rank) alone."""
     config, objective = setup.recipe.train, setup.objective
-    set_learning_rate(optimizer, setup.learning_rate(step))
+    set_learning_rate(setup.optimizer, setup.learning_rate(step))
     torch.manual_seed(derive("step", config.seed, step, world.rank))
     model.train()
     if config.freeze_bn:
         freeze_batch_norm(objective.student)
-    optimizer.zero_grad(set_to_none=True)
+    setup.optimizer.zero_grad(set_to_none=True)
     losses = backward(model, batch, config.accumulate, world, config.precision)
     grad_norm = clip_gradients(objective, config)
-    optimizer.step()
+    setup.optimizer.step()
     objective.after_step(step)
-    if ema is not None:
-        ema.update(objective.student, step + 1)
+    if setup.ema is not None:
+        setup.ema.update(objective.student, step + 1)
     return losses, grad_norm
 
 
@@ -254,12 +239,12 @@ class _Done:
         return {**counts, "wall_s": self.wall_s_now(), "identity": setup.identity}
 
 
-def _resume(setup: Experiment, out: Path, optimizer: Optimizer, ema: ModelEmaV3 | None, report: Report) -> _Done:
+def _resume(setup: Experiment, out: Path, report: Report) -> _Done:
     """Load the newest checkpoint, where there is one."""
     saved = checkpoints(out)
     if not saved:
         return _Done()
-    state = load_checkpoint(saved[-1], setup.objective, optimizer, ema)
+    state = load_checkpoint(saved[-1], setup.objective, setup.optimizer, setup.ema)
     _check_identity(out, state.pop("identity"), setup)
     report.stage(f"going on from {saved[-1].name}")
     return _Done(**state)
@@ -281,11 +266,11 @@ def _training_batches(setup: Experiment, start: int, stop: int, world: World) ->
         yield batch
 
 
-def _validate(setup: Experiment, ema: ModelEmaV3 | None, world: World, signals: Signals) -> dict[str, float]:
+def _validate(setup: Experiment, world: World, signals: Signals) -> dict[str, float]:
     """Accuracy on all validation images, in fp32 as `distill eval` has it; that of the average as `ema_…`."""
     assert setup.val is not None
     config = setup.recipe
-    students = {"": setup.objective.student} | ({} if ema is None else {"ema_": ema.module})
+    students = {"": setup.objective.student} | ({} if setup.ema is None else {"ema_": setup.ema.module})
     numbers: dict[str, float] = {}
     for prefix, student in students.items():
         loaded = every_image(setup.val, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
@@ -305,21 +290,21 @@ def _until(signals: Signals, batches: Iterator[Batch], world: World) -> Iterator
         yield batch
 
 
-def _finish(setup: Experiment, out: Path, done: _Done, ema: ModelEmaV3 | None, world: World, report: Report) -> Summary:
+def _finish(setup: Experiment, out: Path, done: _Done, world: World, report: Report) -> Summary:
     """Write the student, which is the average where there is one, and, last, the result."""
     final = last_validation(out) or {}
-    best = "" if ema is None else "ema_"
+    ema, kind = setup.ema, "" if setup.ema is None else "ema_"
     summary = Summary(
         status="done",
         run=str(out),
         steps=setup.steps,
         epochs=setup.epochs,
-        top1=final.get(f"{best}top1"),
-        top5=final.get(f"{best}top5"),
+        top1=final.get(f"{kind}top1"),
+        top5=final.get(f"{kind}top5"),
         images_per_s=round(done.images / max(done.train_s, 1e-9), 1),
         wall_s=round(done.wall_s_now(), 2),
-        nll=final.get(f"{best}nll"),
-        ece=final.get(f"{best}ece"),
+        nll=final.get(f"{kind}nll"),
+        ece=final.get(f"{kind}ece"),
         parameters_m=parameters_in_millions(setup.objective.student),
         skipped=done.skipped,
         plain_top1=final.get("top1") if ema else None,

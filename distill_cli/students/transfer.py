@@ -39,9 +39,9 @@ def begin_from(
     if chosen is not None:
         _check_map(chosen, student, weights, f"student.class_map {class_map}")
         rows, how = chosen, f"gathered by {class_map}, {chosen.count(NEW)} of them the mean of all"
+    fill(student, fit_input(student, weights) | fit_head(student, weights, rows), path)
     if rows is None:
         report.warn(f"{path}: {how}; the student's classifier begins anew")
-    fill(student, fit_input(student, weights) | fit_head(student, weights, rows), path)
     report.stage(f"beginning from {path}" + ("" if rows is None else f", its classifier's rows {how}"))
     return {"init_from": digest(weights), "class_map": sha256(canonical_json(chosen)) if chosen else None}
 
