@@ -32,12 +32,10 @@ def backward(model: nn.Module, batch: Batch, parts: int, world: World, precision
             total = share * losses.total
             total.backward()
         found.append(Losses(total.detach(), {name: share * part for name, part in losses.parts.items()}))
-    totals = torch.stack([losses.total for losses in found])
-    return Losses(totals.sum(), {name: sum_of(name, found) for name in found[0].parts})
-
-
-def sum_of(part: str, found: list[Losses]) -> Tensor:
-    return torch.stack([losses.parts[part] for losses in found]).sum()
+    return Losses(
+        torch.stack([losses.total for losses in found]).sum(),
+        {name: torch.stack([losses.parts[name] for losses in found]).sum() for name in found[0].parts},
+    )
 
 
 def cut(batch: Batch, parts: int) -> Iterator[Batch]:

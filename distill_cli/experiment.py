@@ -1,6 +1,6 @@
 """An experiment: recipe, store, data and student, opened, checked against each other, and with nothing left open."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,7 +48,7 @@ from distill_cli.students.build import (
     input_config,
     timm_name,
 )
-from distill_cli.students.transfer import begin_from
+from distill_cli.students.transfer import begin_from, check_begin
 from distill_cli.students.weights import Card
 
 
@@ -154,7 +154,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     store = open_store(recipe.store)
     if recipe.student.name is None:
         raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
-    _check_begin(recipe)
+    check_begin(recipe.train.init_from, recipe.student.class_map, recipe.student.pretrained)
     classes = _classes(recipe, source, val, store)
     report.stage(f"{len(source)} images, {len(val) if val else 'none'} to validate on; building {recipe.student.name}")
     torch.manual_seed(recipe.train.seed)
@@ -163,7 +163,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     student = create(
         recipe.student.name, num_classes=classes, arguments=arguments, pretrained=recipe.student.pretrained
     )
-    begun = _begin(recipe, student, class_names(source, store), report)
+    begun = begin_from(student, recipe.train.init_from, recipe.student.class_map, class_names(source, store), report)
     taught = None if store is None else read_view(store.plan.transform, f"store {store}")
     view = _view(recipe, taught, input_config(student, size), size)
     _say_input(view, taught, report)
@@ -196,23 +196,6 @@ def class_names(source: Source, store: Store | None) -> tuple[str, ...] | None:
     """Of a student's classes: its teacher's where there is a store."""
     names = store.plan.teacher["classes"] if store else source.classes
     return names and tuple(names)
-
-
-def _begin(
-    recipe: Recipe, student: nn.Module, classes: Sequence[str] | None, report: Report
-) -> Mapping[str, str | None]:
-    """Fill the student with the weights that the recipe names, if it names any."""
-    if recipe.train.init_from is None:
-        return {"init_from": None, "class_map": None}
-    return begin_from(student, recipe.train.init_from, recipe.student.class_map, classes, report)
-
-
-def _check_begin(recipe: Recipe) -> None:
-    source, class_map = recipe.train.init_from, recipe.student.class_map
-    if class_map is not None and source is None:
-        raise UsageError(f"student.class_map {class_map}: there are no weights to take rows from; give --init-from")
-    if source is not None and recipe.student.pretrained:
-        raise UsageError(f"--init-from {source}: the student is pretrained already; give one of them")
 
 
 def _view(recipe: Recipe, taught: View | None, own: Mapping[str, Any], size: int | None) -> View:

@@ -17,6 +17,8 @@ from distill_cli.objectives import Objective
 
 BASE_LR, BASE_BATCH = 5e-4, 512
 """DeiT and TinyViT alike, with AdamW: lr = 5e-4 x global batch / 512."""
+BOUNDS = {"norm": 5.0, "agc": 0.01}
+"""Of gradients, by clip mode: TinyViT's, and those of LeViT and NFNet."""
 OPTIMIZERS = [str(name) for name in list_optimizers(exclude_filters=["fused*", "bnb*", "adahessian", "kron*"])]
 """Of timm, but for those of Apex and bitsandbytes, one of second order, and one whose state is no tensor."""
 FUSED = ("adamw", "adam", "sgd")
@@ -96,16 +98,13 @@ def settle(config: TrainConfig) -> dict[str, Any]:
     Raises:
         UsageError: there is no default, or the optimiser has no such setting.
     """
-    settled = optimizer_settings(config)
     if config.lr is None and config.opt != "adamw":
         raise UsageError(f"train.lr is missing: its default is AdamW's; give the rate of {config.opt}")
-    if config.clip_grad is None and config.clip_mode == "value":
+    bound = BOUNDS.get(config.clip_mode) if config.clip_grad is None else config.clip_grad
+    if bound is None:
         raise UsageError("train.clip_grad is missing: clip_mode value has no default; give the largest component")
-    settled["lr"] = config.lr or BASE_LR * config.batch_size / BASE_BATCH
-    settled["clip_grad"] = (
-        (0.01 if config.clip_mode == "agc" else 5.0) if config.clip_grad is None else config.clip_grad
-    )
-    return settled
+    lr = config.lr or BASE_LR * config.batch_size / BASE_BATCH
+    return {**optimizer_settings(config), "lr": lr, "clip_grad": bound}
 
 
 def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
@@ -155,12 +154,12 @@ def parameter_groups(objective: Objective, config: TrainConfig) -> list[dict[str
     Raises:
         UsageError: `layer_decay` for a student without layers.
     """
-    exempt = _names_without_decay(objective.student)
+    exempt = {f"student.{name}" for name in _names_without_decay(objective.student)}
     scales = {} if config.layer_decay is None else _layer_scales(objective.student, config.layer_decay)
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim <= 1 or name.removeprefix("student.") in exempt
+            plain = parameter.ndim <= 1 or name in exempt
             scale = scales.get(parameter, 1.0)
             decay = 0.0 if plain else config.weight_decay
             group = {"params": [], "weight_decay": decay, "lr_scale": scale, "use_fallback": plain}

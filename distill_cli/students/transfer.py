@@ -19,10 +19,21 @@ NEW = -1
 """In a class map: a class that the weights do not know."""
 
 
+def check_begin(source: str | None, class_map: str | None, pretrained: bool) -> None:
+    """
+    Raises:
+        UsageError: a class map without weights, or two kinds of weights to begin from.
+    """
+    if class_map is not None and source is None:
+        raise UsageError(f"student.class_map {class_map}: there are no weights to take rows from; give --init-from")
+    if source is not None and pretrained:
+        raise UsageError(f"--init-from {source}: the student is pretrained already; give one of them")
+
+
 def begin_from(
-    student: nn.Module, source: str, class_map: str | None, classes: Sequence[str] | None, report: Report
+    student: nn.Module, source: str | None, class_map: str | None, classes: Sequence[str] | None, report: Report
 ) -> dict[str, str | None]:
-    """Fill a student with weights; gives the sha256 of what they were: `init_from` and `class_map`.
+    """Fill a student with weights, if any are named; gives the sha256 of what they were: `init_from` and `class_map`.
 
     Args:
         source: a finished run, or a weights file.
@@ -32,17 +43,21 @@ def begin_from(
     Raises:
         UsageError, MismatchError, DamagedError: there are no such weights, or they do not fit.
     """
+    if source is None:
+        return {"init_from": None, "class_map": None}
     path = run_weights(Path(source)) if Path(source).is_dir() else Path(source)
     weights, card = read_weights(path), read_card(path)
     chosen = None if class_map is None else read_class_map(Path(class_map))
-    rows, how = _rows(student, weights, classes, card.classes if card else None)
-    if chosen is not None:
+    if chosen is None:
+        rows, how = _rows(student, weights, classes, card.classes if card else None)
+    else:
         _check_map(chosen, student, weights, f"student.class_map {class_map}")
-        rows, how = chosen, f"gathered by {class_map}, {chosen.count(NEW)} of them the mean of all"
+        rows, how = [*chosen], f"gathered by {class_map}, {chosen.count(NEW)} of them the mean of all"
     fill(student, fit_input(student, weights) | fit_head(student, weights, rows), path)
     if rows is None:
         report.warn(f"{path}: {how}; the student's classifier begins anew")
-    report.stage(f"beginning from {path}" + ("" if rows is None else f", its classifier's rows {how}"))
+    else:
+        report.stage(f"beginning from {path}, its classifier's rows {how}")
     return {"init_from": digest(weights), "class_map": sha256(canonical_json(chosen)) if chosen else None}
 
 
@@ -82,15 +97,14 @@ def fit_input(student: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Te
     By timm's converter of the architecture, then, as some converters know nothing of them, by timm's functions for
     position embeddings and LeViT's attention biases. What does not fit comes back as it was.
     """
-    heads = _heads(student)
-    own = {name: tensor for name, tensor in student.state_dict().items() if name not in heads}
-    fitted = {name: tensor for name, tensor in weights.items() if name not in heads}
+    own, fitted = _without_heads(student, student.state_dict()), _without_heads(student, weights)
     if {name: tensor.shape for name, tensor in fitted.items()} == {name: tensor.shape for name, tensor in own.items()}:
         return fitted
     converter = getattr(inspect.getmodule(type(student)), "checkpoint_filter_fn", None)
     # What a converter meets in weights of another model has no list; `fill` will name what does not fit.
     with contextlib.suppress(Exception):
-        fitted = converter(fitted, student) if converter else fitted
+        # All of the weights, since some converters know by the classifier whose they are.
+        fitted = _without_heads(student, converter(dict(weights), student)) if converter else fitted
     for name in fitted.keys() & own.keys():
         if fitted[name].shape != own[name].shape:
             with contextlib.suppress(Exception):
@@ -112,6 +126,11 @@ def _heads(student: nn.Module) -> set[str]:
     """The tensors of a timm model's classifiers: one, or two where there is a distillation token."""
     named = getattr(student, "pretrained_cfg", {}).get("classifier") or ()
     return {f"{name}.{part}" for name in ((named,) if isinstance(named, str) else named) for part in ("weight", "bias")}
+
+
+def _without_heads(student: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    heads = _heads(student)
+    return {name: tensor for name, tensor in weights.items() if name not in heads}
 
 
 def _class_count(student: nn.Module, weights: Mapping[str, Tensor]) -> int | None:
