@@ -28,7 +28,6 @@ from distill_cli.data.idx import open_sample
 from distill_cli.distributed import World, world
 from distill_cli.experiment import open_experiment
 from distill_cli.locks import shared
-from distill_cli.optim import build_optimizer
 from distill_cli.recipe import Recipe, load
 from distill_cli.report import Report
 from distill_cli.store.writer import StoreWriter
@@ -74,11 +73,10 @@ def large_teacher(folder: Path) -> Recipe:
 
 def training(recipe: Recipe, here: World) -> tuple[Callable[[], None], Callable[[], None]]:
     setup = open_experiment(recipe, here, QUIET)
-    optimizer = build_optimizer(setup.objective, setup.recipe.train)
 
     def ours() -> None:
         for step, batch in enumerate(train._training_batches(setup, 0, STEPS, here)):
-            train._step(setup.objective, optimizer, batch, step, setup, here)
+            train._step(setup.objective, batch, step, setup, here)
 
     def bare() -> None:
         student = setup.objective.student

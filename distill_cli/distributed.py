@@ -42,6 +42,10 @@ class World:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids)
 
+    def synced(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around a forward and a backward pass: only in the last of a step do the ranks add up their gradients."""
+        return contextlib.nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks."""
         if self.size > 1:

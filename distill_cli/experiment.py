@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
 
 from distill_cli.data import open_train, open_val
 from distill_cli.data.crops import evaluated
@@ -24,18 +27,28 @@ from distill_cli.data.views import (
     train_transform,
 )
 from distill_cli.distributed import World
+from distill_cli.ema import build_ema
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
 from distill_cli.objectives import Objective, build
-from distill_cli.optim import default_lr
+from distill_cli.optim import build_optimizer, settle
 from distill_cli.recipe import Recipe, update
 from distill_cli.recipe import fingerprint as recipe_fingerprint
 from distill_cli.replay import check_data
 from distill_cli.report import Report
+from distill_cli.schedules import learning_rate
 from distill_cli.software import versions
 from distill_cli.store import open_store
 from distill_cli.store.reader import Store
-from distill_cli.students.build import check_forward, constructor_arguments, create, input_config, timm_name
+from distill_cli.students.build import (
+    check_forward,
+    constructor_arguments,
+    create,
+    has_batch_norm,
+    input_config,
+    timm_name,
+)
+from distill_cli.students.transfer import begin_from, check_begin
 from distill_cli.students.weights import Card
 
 
@@ -54,10 +67,15 @@ class Experiment:
     taught: View | None
     """What the teacher of the store saw."""
     objective: Objective
+    optimizer: Optimizer
+    ema: ModelEmaV3 | None
+    """The average of the student's weights."""
     order: TrainingOrder
     classes: int
     arguments: dict[str, Any]
     """Of the student's constructor."""
+    begun: Mapping[str, str | None]
+    """The sha256 of the weights and of the class map that the student began from."""
 
     @property
     def transform(self) -> Transform:
@@ -72,6 +90,9 @@ class Experiment:
     @property
     def epochs(self) -> int:
         return -(-self.steps // self.order.steps_per_epoch)
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.steps, self.order.steps_per_epoch, self.recipe.train)
 
     def validates_at(self, step: int) -> bool:
         """After each epoch, and after the last step."""
@@ -88,20 +109,19 @@ class Experiment:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with besides the recipe."""
-        return {"data": fingerprint(self.source), "store": self.store and self.store.id}
+        return {"data": fingerprint(self.source), "store": self.store and self.store.id, **self.begun}
 
-    def card(self, top1: float | None, top5: float | None) -> Card:
+    def card(self, top1: float | None, top5: float | None, ema_decay: float | None = None) -> Card:
         """What the weights of this experiment say of themselves."""
         plan = self.store.plan if self.store else None
         view, recipe = self.view, self.recipe
         assert recipe.objective is not None
         assert recipe.student.name is not None
-        classes = plan.teacher["classes"] if plan else self.source.classes
         return Card(
             student=timm_name(recipe.student.name),
             arguments=self.arguments,
             num_classes=self.classes,
-            classes=classes and tuple(classes),
+            classes=class_names(self.source, self.store),
             input={
                 "input_size": (3, view.image_size, view.image_size),
                 "mean": view.mean,
@@ -114,6 +134,8 @@ class Experiment:
             objective=recipe.objective.name,
             teacher=plan.teacher["name"] if plan else None,
             store=self.store.id if self.store else None,
+            init_from=self.begun["init_from"],
+            ema_decay=ema_decay,
             top1=top1,
             top5=top5,
             software=versions(),
@@ -132,6 +154,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     store = open_store(recipe.store)
     if recipe.student.name is None:
         raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
+    check_begin(recipe.train.init_from, recipe.student.class_map, recipe.student.pretrained)
     classes = _classes(recipe, source, val, store)
     report.stage(f"{len(source)} images, {len(val) if val else 'none'} to validate on; building {recipe.student.name}")
     torch.manual_seed(recipe.train.seed)
@@ -140,6 +163,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     student = create(
         recipe.student.name, num_classes=classes, arguments=arguments, pretrained=recipe.student.pretrained
     )
+    begun = begin_from(student, recipe.train.init_from, recipe.student.class_map, class_names(source, store), report)
     taught = None if store is None else read_view(store.plan.transform, f"store {store}")
     view = _view(recipe, taught, input_config(student, size), size)
     _say_input(view, taught, report)
@@ -149,8 +173,29 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     assert settled.objective is not None
     objective = build(settled.objective, student).to(world.device)
     _check_needs(objective, settled, source, store)
-    _warn(recipe, source, val, store, report)
-    return Experiment(settled, origins, source, val, store, view, taught, objective, order, classes, arguments)
+    _warn(recipe, source, val, store, student, report)
+    return Experiment(
+        recipe=settled,
+        origins=origins,
+        source=source,
+        val=val,
+        store=store,
+        view=view,
+        taught=taught,
+        objective=objective,
+        optimizer=build_optimizer(objective, settled.train),
+        ema=build_ema(objective.student, settled.train),
+        order=order,
+        classes=classes,
+        arguments=arguments,
+        begun=begun,
+    )
+
+
+def class_names(source: Source, store: Store | None) -> tuple[str, ...] | None:
+    """Of a student's classes: its teacher's where there is a store."""
+    names = store.plan.teacher["classes"] if store else source.classes
+    return names and tuple(names)
 
 
 def _view(recipe: Recipe, taught: View | None, own: Mapping[str, Any], size: int | None) -> View:
@@ -181,6 +226,7 @@ def _settle(
     epochs = train.epochs if train.steps is None else -(-train.steps // order.steps_per_epoch)
     warmup = epochs / 20 if train.warmup_epochs is None else train.warmup_epochs
     objective = recipe.objective.name if recipe.objective else "tinyvit" if store else "supervised"
+    chosen = settle(train)
     origins = dict.fromkeys(DEFAULTS, "default") if store is None else {}
     if recipe.data.input == "student":
         origins |= dict.fromkeys(SEEN, "student")
@@ -188,16 +234,21 @@ def _settle(
         "objective.name": ("store" if store else "no store", objective),
         "student.num_classes": ("store" if store else "data", classes),
         "student.img_size": (origins.get("image_size", by), view.image_size),
-        "train.lr": ("batch size", train.lr or default_lr(train.batch_size)),
+        "train.lr": ("batch size", chosen.pop("lr")),
         "train.epochs": ("steps" if train.steps else "default", epochs),
         "train.warmup_epochs": ("epochs", warmup),
     }
+    decided |= {f"train.{name}": ("optimizer", value) for name, value in chosen.items()}
     settled = update(recipe, {path: value for path, (_, value) in decided.items()})
     return settled, {path: origin for path, (origin, _) in decided.items()}
 
 
-def _warn(recipe: Recipe, source: Source, val: Source | None, store: Store | None, report: Report) -> None:
+def _warn(
+    recipe: Recipe, source: Source, val: Source | None, store: Store | None, student: nn.Module, report: Report
+) -> None:
     batch_size = recipe.train.batch_size
+    if recipe.train.freeze_bn and not has_batch_norm(student):
+        report.warn(f"train.freeze_bn: {recipe.student.name} has no BatchNorm to freeze")
     if len(source) < batch_size:
         report.warn(f"--batch-size {batch_size}: is more than the {len(source)} images; an epoch is one batch of all")
     if store is not None and store.unfinished_views:
@@ -244,6 +295,11 @@ def _order(recipe: Recipe, source: Source, store: Store | None, world: World) ->
         )
     if store is not None and views > store.views:
         raise UsageError(f"--views-per-read {views}: store {store} has {store.views} views; give at most as many")
+    if config.accumulate * world.size > config.batch_size:
+        raise UsageError(
+            f"train.accumulate: {config.accumulate} parts of {config.batch_size // world.size} images a rank; "
+            "give fewer, or a larger --batch-size"
+        )
     return TrainingOrder(
         sample_ids=store.sample_ids if store else np.arange(len(source)),
         batch_size=config.batch_size,

@@ -39,11 +39,13 @@ NO_IDENTITY = (
     "data.cache_listing",
     "data.cache_gb",
     "data.input",
+    "student.class_map",
+    "train.init_from",
     "train.log_every",
     "train.save_every",
 )
-"""What may change between two attempts at one run: machines, places, how often it speaks and saves. The store and the
-data are compared by what they are, not by where they lie."""
+"""What may change between two attempts at one run: machines, places, how often it speaks and saves. The store, the
+data and the weights it began from are compared by what they are, not by where they lie."""
 
 
 @section
@@ -113,11 +115,11 @@ def parse(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted paths; the `kwargs` tables stay whole."""
+    """Nested tables as dotted paths; the tables of arguments stay whole."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if isinstance(value, Mapping) and not path.endswith(".kwargs"):
+        if isinstance(value, Mapping) and not path.endswith((".kwargs", ".opt_kwargs")):
             flat |= flatten(value, f"{path}.")
         else:
             flat[path] = value
@@ -229,6 +231,8 @@ def _explain(error: Mapping[str, Any], origins: Mapping[str, str]) -> str:
         return f"{where}: objective.name: no such objective, {error['ctx']['tag']!r}; there are {names}"
     if error["type"] == "union_tag_not_found":
         return f"{where}: objective.name is missing; it decides what the other keys of [objective] mean"
+    if error["type"] == "unknown_name":
+        return f"{where}: {path}: {error['msg']}"
     found = "" if isinstance(error["input"], Mapping) else f", not {error['input']!r}"
     return f"{where}: {path}: {error['msg'][0].lower()}{error['msg'][1:]}{found}"
 

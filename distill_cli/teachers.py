@@ -8,11 +8,10 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from distill_cli.checkpoint import RESULT
 from distill_cli.config import Positive, section
 from distill_cli.errors import DamagedError, MismatchError, UsageError
 from distill_cli.students.build import create, input_config, timm_name
-from distill_cli.students.weights import STUDENT, Card, digest, fill, read_card, read_weights
+from distill_cli.students.weights import Card, digest, fill, read_card, read_weights, run_weights
 
 
 @section
@@ -76,9 +75,7 @@ def load_frozen(config: TeacherConfig, flag: str = "--teacher") -> Frozen:
 
 
 def _from_run(run: Path, config: TeacherConfig) -> Frozen:
-    path = run / STUDENT
-    if not (run / RESULT).is_file() or not path.is_file():
-        raise DamagedError(f"{run}: not a finished run; run its distill train command again to finish it")
+    path = run_weights(run)
     card = read_card(path)
     if card is None:
         raise DamagedError(f"{path}: carries no card of a run; restore it from a copy")

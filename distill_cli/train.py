@@ -1,7 +1,6 @@
 """`distill train`: train a student, from labels, from a store, or from both."""
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -11,9 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoints, load_checkpoint, save_checkpoint
+from distill_cli.accumulate import backward
+from distill_cli.checkpoint import (
+    FOLDER,
+    RECIPE,
+    RESULT,
+    checkpoint_tensors,
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from distill_cli.clipping import clip_gradients
 from distill_cli.data import absolute
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.views import train_transform
@@ -30,16 +38,16 @@ from distill_cli.files import (
 )
 from distill_cli.history import History, Window, last_validation
 from distill_cli.locks import locked
-from distill_cli.metrics import Accuracy, autocast, every_image, measure_accuracy
+from distill_cli.metrics import every_image, measure_accuracy
 from distill_cli.objectives import Losses
-from distill_cli.optim import build_optimizer, learning_rate
 from distill_cli.randomness import derive
 from distill_cli.recipe import Recipe, differences, to_toml, update
 from distill_cli.recipe import load as load_recipe
 from distill_cli.replay import SparseRows, prove_replay
 from distill_cli.report import Report
-from distill_cli.students.build import parameters_in_millions
-from distill_cli.students.weights import STUDENT, save_student
+from distill_cli.schedules import set_learning_rate
+from distill_cli.students.build import freeze_batch_norm, parameters_in_millions
+from distill_cli.students.weights import PLAIN, STUDENT, save_student
 
 BILL_STEPS = 4
 """Steps that a dry run times."""
@@ -53,7 +61,7 @@ class Summary:
     steps: int
     epochs: int
     top1: float | None
-    """On the validation images after the last step, in percent; None where there are none."""
+    """Of `student.safetensors` on the validation images after the last step, in percent; None where there are none."""
     top5: float | None
     images_per_s: float
     """Of the training steps."""
@@ -64,6 +72,8 @@ class Summary:
     parameters_m: float
     """Millions, of the student."""
     skipped: int
+    plain_top1: float | None = None
+    """Of `student-plain.safetensors`, the weights that an EMA averages."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +124,15 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     check_ours(out, (RECIPE, RESULT, FOLDER), "run")
     setup = open_experiment(recipe, world, report)
     _finished(setup, out)
-    optimizer = build_optimizer(setup.objective, setup.recipe.train)
     report.stage("timing a few steps")
     start = images = 0.0
     for number, batch in enumerate(_training_batches(setup, 0, min(BILL_STEPS, setup.steps), world)):
-        _step(setup.objective, optimizer, batch, number, setup, world)
+        _step(setup.objective, batch, number, setup, world)
         # The first step pays for the loader's start, and is not timed unless it is the only one.
         images += len(batch) if start else 0
         start = start or time.monotonic()
     images_per_s = images / max(time.monotonic() - start, 1e-3)
-    tensors = [*setup.objective.state_dict().values()]
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    tensors = checkpoint_tensors(setup.objective, setup.optimizer, setup.ema).values()
     return Bill(
         recipe=setup.recipe,
         origins=setup.origins,
@@ -133,7 +141,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
         parameters_m=parameters_in_millions(setup.objective.student),
         images_per_s=round(images_per_s, 1),
         hours=round(setup.steps * setup.order.images_per_step / images_per_s / 3600, 4) if images_per_s else 0.0,
-        checkpoint_bytes=3 * weights,
+        checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         free_bytes=free_bytes(out),
     )
 
@@ -141,8 +149,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
 def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     """The training loop: from the newest checkpoint, or from the start, to the last step and the result."""
     config, objective, order = setup.recipe.train, setup.objective, setup.order
-    optimizer = build_optimizer(objective, config)
-    done = _resume(setup, out, optimizer, report)
+    done = _resume(setup, out, report)
     if setup.store is not None:
         report.stage("proving that the views replay to the pixels that the teacher saw")
         assert setup.taught is not None
@@ -160,49 +167,47 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     ):
         while True:
             if setup.validates_at(done.step) and done.step not in history.validated:
-                accuracy = _validate(setup, world, signals)
-                history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **_numbers(accuracy)}, "val")
-                report.stage(f"step {done.step}: top1 {accuracy.top1:.2f}, nll {accuracy.nll:.4f}")
+                numbers = _validate(setup, world, signals)
+                history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **numbers}, "val")
+                shown = (f"{name} {value:.4g}" for name, value in numbers.items() if name.endswith(("top1", "nll")))
+                report.stage(f"step {done.step}: {', '.join(shown)}")
             if done.step == setup.steps:
                 break
             began = time.monotonic()
             batch = next(batches)
-            losses, grad_norm = _step(model, optimizer, batch, done.step, setup, world)
+            losses, grad_norm = _step(model, batch, done.step, setup, world)
             done.add(len(batch) * world.size, len(batch.skipped), time.monotonic() - began)
             window.add(done.step, losses, grad_norm, len(batch) * world.size)
             progress.advance(images, window.note)
             if done.step % config.log_every == 0 or done.step == setup.steps:
                 epoch = round((done.step - 1) / order.steps_per_epoch, 4)
-                lr = optimizer.param_groups[0]["lr"]
+                lr = setup.learning_rate(done.step - 1)
                 history.log(done.step, {"epoch": epoch, "lr": lr, **window.flush()}, "train")
             stop = world.agree(signals.received)
             if stop or setup.saves_at(done.step):
                 window.check()
                 if world.is_main:
-                    save_checkpoint(out, done.step, objective, optimizer, done.state(setup))
+                    save_checkpoint(out, done.step, objective, setup.optimizer, done.state(setup), setup.ema)
             if stop:
                 raise stopped(stop, f"{out}: saved at step {done.step} of {setup.steps}; the same command goes on")
     return _finish(setup, out, done, world, report)
 
 
-def _step(
-    model: nn.Module, optimizer: Optimizer, batch: Batch, step: int, setup: Experiment, world: World
-) -> tuple[Losses, Tensor]:
+def _step(model: nn.Module, batch: Batch, step: int, setup: Experiment, world: World) -> tuple[Losses, Tensor]:
     """One optimiser step; what it draws depends on (seed, step, rank) alone."""
-    config = setup.recipe.train
-    assert config.warmup_epochs is not None
-    warmup = round(config.warmup_epochs * setup.order.steps_per_epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, setup.steps, warmup, config)
+    config, objective = setup.recipe.train, setup.objective
+    set_learning_rate(setup.optimizer, setup.learning_rate(step))
     torch.manual_seed(derive("step", config.seed, step, world.rank))
     model.train()
-    with autocast(world.device, config.precision):
-        losses: Losses = model(batch)
-    optimizer.zero_grad(set_to_none=True)
-    losses.total.backward()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-    optimizer.step()
-    setup.objective.after_step(step)
+    if config.freeze_bn:
+        freeze_batch_norm(objective.student)
+    setup.optimizer.zero_grad(set_to_none=True)
+    losses = backward(model, batch, config.accumulate, world, config.precision)
+    grad_norm = clip_gradients(objective, config)
+    setup.optimizer.step()
+    objective.after_step(step)
+    if setup.ema is not None:
+        setup.ema.update(objective.student, step + 1)
     return losses, grad_norm
 
 
@@ -234,12 +239,12 @@ class _Done:
         return {**counts, "wall_s": self.wall_s_now(), "identity": setup.identity}
 
 
-def _resume(setup: Experiment, out: Path, optimizer: Optimizer, report: Report) -> _Done:
+def _resume(setup: Experiment, out: Path, report: Report) -> _Done:
     """Load the newest checkpoint, where there is one."""
     saved = checkpoints(out)
     if not saved:
         return _Done()
-    state = load_checkpoint(saved[-1], setup.objective, optimizer)
+    state = load_checkpoint(saved[-1], setup.objective, setup.optimizer, setup.ema)
     _check_identity(out, state.pop("identity"), setup)
     report.stage(f"going on from {saved[-1].name}")
     return _Done(**state)
@@ -262,14 +267,20 @@ def _training_batches(setup: Experiment, start: int, stop: int, world: World) ->
         yield batch
 
 
-def _validate(setup: Experiment, world: World, signals: Signals) -> Accuracy:
-    """The student's accuracy on all validation images, in fp32 as `distill eval` has it."""
+def _validate(setup: Experiment, world: World, signals: Signals) -> dict[str, float]:
+    """Accuracy on all validation images, in fp32 as `distill eval` has it; that of the average as `ema_…`."""
     assert setup.val is not None
     config = setup.recipe
-    loaded = every_image(setup.val, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
-    student = setup.objective.student.eval()
-    with Report(quiet=True).progress("", 0) as progress:
-        return measure_accuracy(student, _until(signals, loaded, world), setup.classes, world, "fp32", progress)
+    students = {"": setup.objective.student} | ({} if setup.ema is None else {"ema_": setup.ema.module})
+    numbers: dict[str, float] = {}
+    for prefix, student in students.items():
+        loaded = every_image(setup.val, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
+        # LeViT and TinyViT keep their attention biases in evaluation, and forget what they kept when training begins.
+        student.train().eval()
+        with Report(quiet=True).progress("", 0) as progress:
+            accuracy = measure_accuracy(student, _until(signals, loaded, world), setup.classes, world, "fp32", progress)
+        numbers |= {prefix + name: getattr(accuracy, name) for name in ("top1", "top5", "nll", "ece", "images")}
+    return numbers
 
 
 def _until(signals: Signals, batches: Iterator[Batch], world: World) -> Iterator[Batch]:
@@ -281,31 +292,33 @@ def _until(signals: Signals, batches: Iterator[Batch], world: World) -> Iterator
 
 
 def _finish(setup: Experiment, out: Path, done: _Done, world: World, report: Report) -> Summary:
-    """Write the student and, last, the result."""
+    """Write the student, which is the average where there is one, and, last, the result."""
     final = last_validation(out) or {}
+    ema, kind = setup.ema, "" if setup.ema is None else "ema_"
     summary = Summary(
         status="done",
         run=str(out),
         steps=setup.steps,
         epochs=setup.epochs,
-        top1=final.get("top1"),
-        top5=final.get("top5"),
+        top1=final.get(f"{kind}top1"),
+        top5=final.get(f"{kind}top5"),
         images_per_s=round(done.images / max(done.train_s, 1e-9), 1),
         wall_s=round(done.wall_s_now(), 2),
-        nll=final.get("nll"),
-        ece=final.get("ece"),
+        nll=final.get(f"{kind}nll"),
+        ece=final.get(f"{kind}ece"),
         parameters_m=parameters_in_millions(setup.objective.student),
         skipped=done.skipped,
+        plain_top1=final.get("top1") if ema else None,
     )
     if world.is_main:
-        save_student(out / STUDENT, setup.objective.student, setup.card(summary.top1, summary.top5))
+        student, decay = setup.objective.student, setup.recipe.train.ema_decay
+        if ema is not None:
+            save_student(out / PLAIN, student, setup.card(final.get("top1"), final.get("top5")))
+            student = ema.module
+        save_student(out / STUDENT, student, setup.card(summary.top1, summary.top5, decay or None))
         write_json(out / RESULT, {**asdict(summary), "identity": setup.identity})
     report.stage(f"{out}: finished")
     return summary
-
-
-def _numbers(accuracy: Accuracy) -> dict[str, float]:
-    return {name: getattr(accuracy, name) for name in ("top1", "top5", "nll", "ece", "images")}
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -313,6 +326,8 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     data, store = recipe.data, recipe.store.path
     places = {f"data.{key}": getattr(data, key) for key in ("path", "val", "root")}
     settled = {key: absolute(place) for key, place in places.items() if place}
+    files = {"train.init_from": recipe.train.init_from, "student.class_map": recipe.student.class_map}
+    settled |= {key: str(Path(place).resolve()) for key, place in files.items() if place}
     if store and "://" not in store:
         settled["store.path"] = str(Path(store).resolve())
     return update(recipe, settled)
@@ -340,9 +355,9 @@ def _finished(setup: Experiment, out: Path) -> Summary | None:
 
 def _check_identity(out: Path, there: dict[str, Any], setup: Experiment) -> None:
     for what, value in setup.identity.items():
-        if there[what] != value:
+        if there.get(what) != value:
             raise MismatchError(
-                f"{out}: began with another {what} ({_short(there[what])} there, {_short(value)} asked); "
+                f"{out}: began with another {what} ({_short(there.get(what))} there, {_short(value)} asked); "
                 "choose another --out"
             )
 

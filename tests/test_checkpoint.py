@@ -8,7 +8,10 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from distill_cli.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from distill_cli.ema import build_ema
 from distill_cli.errors import DamagedError
+from distill_cli.objectives.supervised import Supervised, SupervisedConfig
+from distill_cli.optim import OPTIMIZERS, TrainConfig, build_optimizer
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -59,10 +62,41 @@ def test_a_continued_training_is_the_same_bitwise(tmp_path: Path, make: MakeOpti
     path = save_checkpoint(tmp_path, 2, first, optimizer, {})
     second = _model()
     optimizer = make(second)
-    _train(second, optimizer, range(7, 9))
+    _train(second, optimizer, range(7, 8))
     load_checkpoint(path, second, optimizer)
     _train(second, optimizer, range(2, 3))
     assert all(torch.equal(whole.state_dict()[name], tensor) for name, tensor in second.state_dict().items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_whatever_optimizer_timm_has_continues_bitwise(tmp_path: Path, name: str) -> None:
+    def make(model: nn.Module) -> Optimizer:
+        config = TrainConfig(opt=name, lr=0.01)
+        return build_optimizer(Supervised(model, SupervisedConfig()), config)
+
+    test_a_continued_training_is_the_same_bitwise(tmp_path, make)
+
+
+def test_the_average_comes_back_bitwise_with_the_weights(tmp_path: Path) -> None:
+    model, config = _model(), TrainConfig(ema_decay=0.9)
+    ema, fresh = build_ema(model, config), build_ema(model, config)
+    assert ema is not None
+    assert fresh is not None
+    _train(model, _adamw(model), range(2))
+    ema.update(model, 7)
+    path = save_checkpoint(tmp_path, 2, model, _adamw(model), {}, ema)
+    other = _model()
+    load_checkpoint(path, other, _adamw(other), fresh)
+    for saved, loaded in ((model, other), (ema, fresh)):
+        assert all(torch.equal(saved.state_dict()[name], value) for name, value in loaded.state_dict().items())
+    assert not torch.equal(model[0].weight, fresh.module[0].weight)
+
+
+def test_a_checkpoint_without_the_average_is_no_checkpoint_of_a_run_with_one(tmp_path: Path) -> None:
+    model = _model()
+    path = save_checkpoint(tmp_path, 2, model, _adamw(model), {})
+    with pytest.raises(DamagedError, match="not a readable checkpoint"):
+        load_checkpoint(path, model, _adamw(model), build_ema(model, TrainConfig(ema_decay=0.9)))
 
 
 def test_the_state_comes_back_with_its_step(tmp_path: Path) -> None:

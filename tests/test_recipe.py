@@ -179,7 +179,7 @@ def test_a_recipe_that_is_not_there_names_the_nearest(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("named", "dropped"),
     [
-        ("student.name=levit-128", ("student.drop_path", 0.0)),
+        ("student.name=levit-128", ("student.drop_path", None)),
         ("teacher.name=resnet18", ("teacher.weights", None)),
         ("objective.name=tinyvit", ("objective.temperature", 1.0)),
     ],

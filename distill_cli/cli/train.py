@@ -14,6 +14,10 @@ def command(
     recipe: options.RecipeName = None,
     student: options.Student = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's own weights.")] = False,
+    init_from: Annotated[
+        str | None,
+        typer.Option("--init-from", metavar="RUN|FILE", help="Start from the weights of a finished run, or of a file."),
+    ] = None,
     store: options.StorePath = None,
     trust: options.Trust = False,
     data: options.Data = None,
@@ -53,6 +57,7 @@ def command(
         flags(
             ("--student", "student.name", student),
             ("--pretrained", "student.pretrained", pretrained),
+            ("--init-from", "train.init_from", init_from),
             ("--store", "store.path", store),
             ("--trust", "store.trust", trust),
             ("--data", "data.path", data),

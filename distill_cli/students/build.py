@@ -1,6 +1,6 @@
 """The model that a recipe describes, built by timm."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
@@ -22,6 +22,8 @@ class StudentConfig:
     """`--student`: an alias (`distill models ls`) or any timm name."""
     pretrained: bool = False
     """Start from timm's pretrained weights."""
+    class_map: str | None = None
+    """A file with the class in the weights of `train.init_from` for each class of the student, -1 for a new one."""
     num_classes: Positive | None = None
     """By default the store's, else the data's."""
     img_size: Positive | None = None
@@ -30,7 +32,7 @@ class StudentConfig:
     embed_dim: Positive | None = None
     depth: Positive | None = None
     num_heads: Positive | None = None
-    drop_path: Fraction = 0.0
+    drop_path: Fraction | None = None
     """Stochastic depth of the last block, rising linearly from 0."""
     kwargs: dict[str, Any] | None = None
     """Further arguments of the timm constructor."""
@@ -60,7 +62,7 @@ def constructor_arguments(config: StudentConfig, image_size: int | None = None) 
         image_size: given to architectures whose parameters depend on it; others take any.
     """
     given = {name: getattr(config, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
-    given["drop_path_rate"] = config.drop_path or None
+    given["drop_path_rate"] = config.drop_path
     given["img_size"] = image_size if _has_fixed_input(timm_name(config.name or "")) else None
     return {name: value for name, value in given.items() if value is not None} | (config.kwargs or {})
 
@@ -88,6 +90,20 @@ def create(name: str, *, num_classes: int, arguments: Mapping[str, Any], pretrai
             ) from error
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UsageError(f"{name}: timm cannot build it with {given or 'these settings'} ({reason})") from error
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let BatchNorm normalise by its running statistics, and keep them, in a model that trains."""
+    for module in _batch_norms(model):
+        module.eval()
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(True for _ in _batch_norms(model))
+
+
+def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
 
 
 def input_config(model: nn.Module, image_size: int | None = None) -> dict[str, Any]:

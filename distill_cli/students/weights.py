@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from distill_cli.checkpoint import RESULT
 from distill_cli.errors import DamagedError, MismatchError, UsageError
 from distill_cli.files import canonical_json
 from distill_cli.tensors import save_tensors
 
-STUDENT = "student.safetensors"
-TEXTS = ("student", "recipe_sha256", "data_fingerprint", "objective", "teacher", "store")
+STUDENT, PLAIN = "student.safetensors", "student-plain.safetensors"
+"""A run's weights: the average of them where it keeps one, and then the plain ones beside it."""
+TEXTS = ("student", "recipe_sha256", "data_fingerprint", "objective", "teacher", "store", "init_from")
 """The fields of a card that are strings."""
 
 
@@ -46,6 +48,10 @@ class Card:
     teacher: str | None = None
     store: str | None = None
     """The store's id."""
+    init_from: str | None = None
+    """The sha256 of the weights that the run began from."""
+    ema_decay: float | None = None
+    """Of the average that these weights are."""
     top1: float | None = None
     top5: float | None = None
     software: Mapping[str, str] | None = None
@@ -82,6 +88,18 @@ def read_card(path: Path) -> Card | None:
         return Card(**{**values, "classes": None if classes is None else tuple(classes)})
     except (TypeError, ValueError) as error:
         raise DamagedError(f"{path}: its card is not one ({error}); restore it from a copy") from error
+
+
+def run_weights(run: Path) -> Path:
+    """The weights file of a finished run.
+
+    Raises:
+        DamagedError: it is not finished, or has lost its file.
+    """
+    path = run / STUDENT
+    if not (run / RESULT).is_file() or not path.is_file():
+        raise DamagedError(f"{run}: not a finished run; run its distill train command again to finish it")
+    return path
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

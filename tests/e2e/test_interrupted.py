@@ -10,11 +10,14 @@ from commands import SMALL_STUDENT, capture, contents, kill, run, run_json, star
 pytestmark = pytest.mark.slow
 
 
-def distil(store: Path, folder: Path, out: Path) -> tuple[str | Path, ...]:
+AVERAGED = ("--set", "train.ema_decay=0.9", "--set", "train.accumulate=3", "--set", "train.opt=lamb", "--lr", "2e-3")
+
+
+def distil(store: Path, folder: Path, out: Path, *more: str) -> tuple[str | Path, ...]:
     return (
         "train", *SMALL_STUDENT, "--store", store, "--data", folder, "--objective", "deit", "--epochs", "3",
         "--batch-size", "50", "--set", "train.save_every=5", "--set", "train.log_every=1", "--workers", "1",
-        "--out", out,
+        "--out", out, *more,
     )  # fmt: skip
 
 
@@ -72,6 +75,18 @@ def test_a_killed_run_ends_in_the_same_weights(step, undisturbed, store, folder,
     run(*distil(store, folder, out))
     assert (out / "student.safetensors").read_bytes() == (undisturbed / "student.safetensors").read_bytes()
     assert metrics(out) == metrics(undisturbed)
+
+
+def test_a_killed_run_ends_in_the_same_weights_and_the_same_average_of_them(store, folder, tmp_path):
+    run_json(*distil(store, folder, tmp_path / "undisturbed", *AVERAGED))
+    out = tmp_path / "run"
+    process = start(*distil(store, folder, out, *AVERAGED))
+    wait_until(lambda: any(int(path.stem[5:]) >= 10 for path in out.rglob("step-*.safetensors")), process)
+    kill(process)
+    run(*distil(store, folder, out, *AVERAGED))
+    for name in ("student.safetensors", "student-plain.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert metrics(out) == metrics(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

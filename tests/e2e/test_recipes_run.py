@@ -1,5 +1,7 @@
 """Every shipped recipe runs, made small."""
 
+from pathlib import Path
+
 import pytest
 from commands import run_json
 
@@ -7,12 +9,12 @@ from distill_cli.shipped import recipes
 
 pytestmark = pytest.mark.slow
 
+TINYVIT = "student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}"
 SMALL = {
-    "tinyvit-21m-in1k": ("student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}",),
-    "tinyvit-21m-in22k": (
-        "student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}",
-        "teacher.num_classes=10",
-    ),
+    "tinyvit-21m-in1k": (TINYVIT,),
+    "tinyvit-21m-in22k": (TINYVIT, "teacher.num_classes=10"),
+    "tinyvit-21m-in22k-to-in1k": (TINYVIT,),
+    "tinyvit-21m-384": (TINYVIT,),
     "deit-small-in1k": ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=7"),
     "quickstart-teacher": (),
     "quickstart-student": (),
@@ -23,14 +25,30 @@ def test_the_list_is_all_that_is_shipped():
     assert SMALL.keys() == recipes().keys()
 
 
+FINE_TUNING = ("tinyvit-21m-in22k-to-in1k", "tinyvit-21m-384")
+"""From labels, and from the weights of another run."""
+
+
+@pytest.fixture(scope="module")
+def begun(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a small TinyViT with the windows of 224 px."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    student = ("--student", "tinyvit-21m", "--set", TINYVIT, "--image-size", "28", "--workers", "0")
+    run_json("train", *student, "--data", folder, "--batch-size", "32", "--set", "train.steps=2", "--out", out)
+    return out
+
+
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_recipe(name, teacher, folder, tmp_path):
+def test_recipe(name, teacher, begun, folder, tmp_path):
     sets = [word for text in SMALL[name] for word in ("--set", text)]
     common = ("--recipe", name, "--data", folder, "--image-size", "28", "--workers", "0", *sets)
-    store = ()
-    if name != "quickstart-teacher":
+    rest = ()
+    if name in FINE_TUNING:
+        (tmp_path / "map.txt").write_text("9 8 7 6 5 4 3 2 -1 0")
+        rest = ("--init-from", begun, "--set", f"student.class_map={tmp_path / 'map.txt'}")
+    elif name != "quickstart-teacher":
         teach = ("--teacher", teacher, "--views", "2", "--top-k", "3", "--precision", "fp32")
         assert run_json("teacher-logits", *common, *teach, "--out", tmp_path / "store")["rows"] == 1200
-        store = ("--store", tmp_path / "store")
+        rest = ("--store", tmp_path / "store")
     train = ("--batch-size", "32", "--set", "train.steps=2")
-    assert run_json("train", *common, *store, *train, "--out", tmp_path / "run")["steps"] == 2
+    assert run_json("train", *common, *rest, *train, "--out", tmp_path / "run")["steps"] == 2
