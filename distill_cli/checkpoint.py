@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from distill_cli.errors import DamagedError
 from distill_cli.files import canonical_json
-from distill_cli.tensors import save_tensors
+from distill_cli.tensors import check_tensors, save_tensors
 
 T = TypeVar("T")
 
@@ -21,31 +22,45 @@ RECIPE, RESULT = "recipe.toml", "result.json"
 """The first and the last file of a run."""
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    state: Mapping[str, Any],
-    ema: nn.Module | None = None,
-) -> Path:
-    """Write the checkpoint of a step, then delete those of earlier steps.
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, on the host: what happens to the model since does not change it."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+    def write(self, path: Path) -> None:
+        """Write it, atomically; equal snapshots are equal bytes.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; nothing is left under the name.
+        """
+        save_tensors(path, self.tensors, self.metadata, checksum=True)
+
+
+def snapshot(
+    step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], ema: nn.Module | None = None
+) -> Snapshot:
+    """A copy of a model, its average and its optimiser after so many steps.
 
     Args:
         state: JSON values that `load_checkpoint` gives back.
-        ema: the average of the weights, where there is one.
     """
-    folder = run / FOLDER
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:08d}.safetensors"
     # Some of timm's optimisers count in Python's numbers, whose powers are float64 where those of a tensor are float32.
     plain = {name: slot for name, slot in _slots(optimizer).items() if not isinstance(slot, Tensor)}
     metadata = {"state": canonical_json({**state, "step": step}), "optimizer": canonical_json(plain)}
-    save_tensors(path, checkpoint_tensors(model, optimizer, ema), metadata)
-    for older in checkpoints(run):
-        if older != path:
-            older.unlink()
-    return path
+    tensors = checkpoint_tensors(model, optimizer, ema)
+    return Snapshot(step, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, metadata)
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step:08d}.safetensors"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -65,9 +80,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, ema: nn.
     """Load a checkpoint into a model, its average and its optimiser; gives back the saved state with `step` in it.
 
     Raises:
-        DamagedError: the file is cut short, or not a checkpoint of this model.
+        DamagedError: the file is cut short, its bytes are not those that were written, or it is of another model.
     """
     try:
+        check_tensors(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         state: dict[str, Any] = json.loads(metadata["state"])

@@ -3,12 +3,33 @@
 Each section stands beside the code that it configures; `recipe.py` puts them together.
 """
 
+import re
 from typing import Annotated, Literal, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
+
+_UNITS = {"s": 1, "min": 60, "h": 3600}
+
+
+def seconds_of(text: str) -> float:
+    """`90s`, `15min` or `2h` in seconds.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h)", text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError("give steps, or a time such as 90s, 15min or 2h")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _time(text: str) -> str:
+    seconds_of(text)
+    return text
+
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -19,6 +40,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16"]
 Range = tuple[PositiveFloat, PositiveFloat]
 Colour = tuple[float, float, float]
+Time = Annotated[str, AfterValidator(_time)]
+"""Such as `90s`, `15min`, `2h`."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -40,5 +63,7 @@ class RuntimeConfig:
     threads: Positive | None = None
     """torch's threads where the model is on the CPU; by default OMP_NUM_THREADS, else the cores that the loader
     leaves. More threads than free cores wait for each other: measured 15 times slower."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """`--resume`: go on where a run is under way; `never`: refuse it; `must`: refuse to begin one."""
     timeout_s: PositiveFloat = 1800
     """Of ranks: how long one waits for the others before it gives up."""

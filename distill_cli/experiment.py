@@ -96,14 +96,10 @@ class Experiment:
 
     def validates_at(self, step: int) -> bool:
         """After each epoch, and after the last step."""
-        return self.val is not None and self.val.labels is not None and step > 0 and self._ends_at(step)
+        return self.val is not None and self.val.labels is not None and step > 0 and self.ends_at(step)
 
-    def saves_at(self, step: int) -> bool:
-        """After each epoch, after the last step, and every `train.save_every` steps."""
-        every = self.recipe.train.save_every
-        return self._ends_at(step) or (every is not None and step % every == 0)
-
-    def _ends_at(self, step: int) -> bool:
+    def ends_at(self, step: int) -> bool:
+        """An epoch, or the run."""
         return step % self.order.steps_per_epoch == 0 or step == self.steps
 
     @cached_property

@@ -70,7 +70,7 @@ def remove_temporaries(folder: Path) -> None:
         leftover.unlink()
 
 
-def sha256(content: bytes | str) -> str:
+def sha256(content: bytes | memoryview | str) -> str:
     """The sha256 of some bytes, in hexadecimal."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill_cli.checkpoint import checkpoints
-from distill_cli.errors import DistillError
 from distill_cli.files import write_atomic
 from distill_cli.objectives import Losses
 
@@ -26,7 +24,13 @@ class History:
         """
         path = run / METRICS
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
-        self.validated = {values["step"] for values in map(json.loads, kept) if "top1" in values}
+        found = [values for values in map(json.loads, kept) if "top1" in values]
+        self.validated = {values["step"] for values in found}
+        self.best: int | None = None
+        """The step of the best validation; of the average of the weights, where there is one."""
+        self._best_top1 = -1.0
+        for values in found:
+            self._rank(values["step"], values)
         self._write = write
         if write:
             from torch.utils.tensorboard import SummaryWriter
@@ -39,6 +43,7 @@ class History:
         """Add a line of values at a step; TensorBoard has them as `prefix/name`."""
         if prefix == "val":
             self.validated.add(step)
+            self._rank(step, values)
         if not self._write:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -46,6 +51,14 @@ class History:
         for name, value in values.items():
             if value is not None:
                 self._writer.add_scalar(f"{prefix}/{name}", value, step)
+
+    def is_best(self, values: Mapping[str, float | int | None]) -> bool:
+        """Whether a validation is better than all before."""
+        return (values.get("ema_top1", values.get("top1")) or 0.0) > self._best_top1
+
+    def _rank(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        if self.is_best(values):
+            self.best, self._best_top1 = step, values.get("ema_top1", values.get("top1")) or 0.0
 
     def close(self) -> None:
         if self._write:
@@ -56,8 +69,8 @@ class History:
 class Window:
     """Losses since the last line of metrics; they stay on the device until somebody looks."""
 
-    def __init__(self, out: Path) -> None:
-        self.out, self.note = out, ""
+    def __init__(self) -> None:
+        self.note = ""
         self._start()
 
     def _start(self) -> None:
@@ -71,34 +84,19 @@ class Window:
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
 
-    def check(self) -> None:
-        """
-        Raises:
-            DistillError: a loss of the window, or the gradient of one, is not finite.
-        """
+    def not_finite(self) -> tuple[int, dict[str, float]] | None:
+        """The first step whose loss or gradient is not finite, and its values; None where all are."""
         if not self._values:
-            return
-        finite = (
-            torch.stack([*self._values["loss"], *self._values["grad_norm"]]).isfinite().view(2, -1).all(dim=0).cpu()
-        )
+            return None
+        both = torch.stack([*self._values["loss"], *self._values["grad_norm"]])
+        finite = both.isfinite().view(2, -1).all(dim=0).cpu()
         if finite.all():
-            return
+            return None
         index = int((~finite).nonzero()[0])
-        parts = ", ".join(f"{name} {values[index].item():.4g}" for name, values in self._values.items())
-        saved = checkpoints(self.out)
-        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        raise DistillError(
-            f"{self.out}: the loss or its gradient is not finite at step {self._first + index} ({parts}); {last}; "
-            "lower --lr or use --precision fp32, in another --out"
-        )
+        return self._first + index, {name: float(values[index]) for name, values in self._values.items()}
 
     def flush(self) -> dict[str, float]:
-        """The means of the window, which then starts again.
-
-        Raises:
-            DistillError: see `check`.
-        """
-        self.check()
+        """The means of the window, which then starts again."""
         means = {name: float(torch.stack(values).float().mean()) for name, values in self._values.items()}
         self.note = f"loss {means['loss']:.4f}"
         rate = self._images / max(time.monotonic() - self._began, 1e-9)

@@ -11,7 +11,7 @@ from timm.optim import get_optimizer_info as timm_info
 from torch import nn
 from torch.optim import Optimizer
 
-from distill_cli.config import Fraction, NonNegative, Positive, PositiveFloat, Precision, Seed, section
+from distill_cli.config import Fraction, NonNegative, Positive, PositiveFloat, Precision, Seed, Time, section
 from distill_cli.errors import UsageError, nearest
 from distill_cli.objectives import Objective
 
@@ -91,8 +91,10 @@ class TrainConfig:
     seed: Seed = 0
     log_every: Positive = 20
     """Steps between lines of metrics.jsonl."""
-    save_every: Positive | None = None
-    """Steps between checkpoints; by default one an epoch."""
+    save_every: Positive | Time | None = None
+    """Steps between checkpoints, or a time such as `15min`; one at the end of an epoch in any case."""
+    keep: Positive = 2
+    """Checkpoints that stay: so many of the newest, and the best."""
 
 
 def settle(config: TrainConfig) -> dict[str, Any]:

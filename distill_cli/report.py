@@ -1,17 +1,21 @@
 """What a person sees while a command works, on stderr: bars on a terminal, lines on a pipe, nothing when quiet."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-LINE_EVERY_S = 10.0
+LINE_EVERY_S, LOG_EVERY_S = 10.0, 60.0
+LOGS = 10
+"""Files of a log that stay, an attempt each."""
 
 
 class Progress(Protocol):
@@ -30,19 +34,48 @@ class Report:
     stream: TextIO = field(default_factory=lambda: sys.stderr)
     _bars: "Bars | None" = None
     """On a terminal, while a bar is shown: lines go above it."""
+    _log: "_Log | None" = None
 
     def stage(self, text: str) -> None:
         """A step of the command begins."""
+        if self._log is not None:
+            self._log.write(f"{text}\n")
         if not self.quiet:
             self._print(text)
 
     def warn(self, text: str) -> None:
         """Something the person should know; the work goes on. Said even when quiet."""
+        if self._log is not None:
+            self._log.write(f"warning: {text}\n")
         self._print(f"warning: {text}")
+
+    @contextmanager
+    def logged(self, folder: Path) -> Iterator[None]:
+        """Keep what is said while the block runs, quiet or not, in a file of its own in `folder`; the oldest go."""
+        folder.mkdir(exist_ok=True)
+        with (folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log").open("a") as file:
+            self._log = _Log(file)
+            try:
+                yield
+            except Exception as error:
+                self._log.write(f"{error}\n")
+                raise
+            finally:
+                self._log = None
+        for old in sorted(folder.glob("*.log"))[:-LOGS]:
+            old.unlink(missing_ok=True)
 
     @contextmanager
     def progress(self, label: str, total: int | None, done: int = 0, unit: str = "images") -> Iterator[Progress]:
         """Show progress towards `total`, if it is known; `done` of it was done by an earlier attempt."""
+        with self._shown(label, total, done, unit) as shown:
+            if self._log is None:
+                yield shown
+            else:
+                yield _Both(shown, _Lines(label, total, done, unit, self._log, LOG_EVERY_S))
+
+    @contextmanager
+    def _shown(self, label: str, total: int | None, done: int, unit: str) -> Iterator[Progress]:
         if self.quiet:
             yield _Silent()
         elif self.stream.isatty():
@@ -52,7 +85,7 @@ class Report:
                 finally:
                     self._bars = None
         else:
-            yield _Lines(label, total, done, unit, self.stream)
+            yield _Lines(label, total, done, unit, self.stream, LINE_EVERY_S)
 
     def _print(self, text: str) -> None:
         if self._bars is None:
@@ -66,25 +99,52 @@ class _Silent:
         pass
 
 
+class _Both:
+    def __init__(self, *each: Progress) -> None:
+        self._each = each
+
+    def advance(self, count: int, note: str = "") -> None:
+        for progress in self._each:
+            progress.advance(count, note)
+
+
+class _Log:
+    """A file of lines with their times."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, line: str) -> None:
+        if line.strip():
+            self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line.rstrip()}\n")
+            self._file.flush()
+
+    def flush(self) -> None:
+        pass
+
+
 class _Lines:
     """A line now and then, with rate and time left: for logs of cron jobs and pipes."""
 
-    def __init__(self, label: str, total: int | None, done: int, unit: str, stream: TextIO) -> None:
-        self.label, self.total, self.unit, self.stream = label, total, unit, stream
+    def __init__(
+        self, label: str, total: int | None, done: int, unit: str, stream: "TextIO | _Log", every_s: float
+    ) -> None:
+        self.label, self.total, self.unit, self.stream, self.every_s = label, total, unit, stream, every_s
         self.done, self.skipped = done, done
         self.start = self.spoken = time.monotonic()
 
     def advance(self, count: int, note: str = "") -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.spoken < LINE_EVERY_S and self.done != self.total:
+        if now - self.spoken < self.every_s and self.done != self.total:
             return
         self.spoken = now
         rate = (self.done - self.skipped) / max(now - self.start, 1e-9)
         of = "" if self.total is None else f"/{self.total}"
         left = "" if self.total is None else f", {_clock((self.total - self.done) / max(rate, 1e-9))} left"
         said = f"{self.label}: {self.done}{of} {self.unit}, {rate:.0f} {self.unit}/s{left}"
-        print(said + (f", {note}" if note else ""), file=self.stream, flush=True)
+        self.stream.write(said + (f", {note}" if note else "") + "\n")
+        self.stream.flush()
 
 
 class _Bar:

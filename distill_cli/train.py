@@ -1,8 +1,7 @@
 """`distill train`: train a student, from labels, from a store, or from both."""
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,42 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.accumulate import backward
-from distill_cli.checkpoint import (
-    FOLDER,
-    RECIPE,
-    RESULT,
-    checkpoint_tensors,
-    checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoint_path, checkpoint_tensors, snapshot
 from distill_cli.clipping import clip_gradients
-from distill_cli.data import absolute
-from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.loader import Batch
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
-from distill_cli.errors import DistillError, MismatchError
+from distill_cli.divergence import Guard, check_finite
 from distill_cli.experiment import Experiment, open_experiment
-from distill_cli.files import (
-    canonical_json,
-    check_ours,
-    free_bytes,
-    remove_temporaries,
-    write_atomic,
-    write_json,
-)
+from distill_cli.files import check_ours, free_bytes, remove_temporaries, write_json
 from distill_cli.history import History, Window, last_validation
 from distill_cli.locks import locked
 from distill_cli.metrics import every_image, measure_accuracy
 from distill_cli.objectives import Losses
 from distill_cli.randomness import derive
-from distill_cli.recipe import Recipe, differences, to_toml, update
-from distill_cli.recipe import load as load_recipe
-from distill_cli.replay import SparseRows, prove_replay
+from distill_cli.recipe import Recipe
+from distill_cli.replay import prove_replay
 from distill_cli.report import Report
+from distill_cli.run import LOG, begin, check_identity, finished
+from distill_cli.saver import Due, Saver, newest
 from distill_cli.schedules import set_learning_rate
 from distill_cli.students.build import freeze_batch_norm, parameters_in_millions
-from distill_cli.students.weights import PLAIN, STUDENT, save_student
+from distill_cli.students.weights import BEST, PLAIN, STUDENT, save_student
+from distill_cli.training_batches import training_batches
 
 BILL_STEPS = 4
 """Steps that a dry run times."""
@@ -103,15 +88,16 @@ def train(recipe: Recipe, out: Path, world: World, report: Report | None = None)
     report = report or Report()
     check_ours(out, (RECIPE, RESULT, FOLDER), "run")
     setup = open_experiment(recipe, world, report)
-    done = _finished(setup, out)
-    if done is not None:
+    result = finished(out, setup)
+    if result is not None:
         report.stage(f"{out}: finished already")
-        return done
+        return Summary(**{**result, "status": "already_done", "run": str(out)})
     with locked(out) if world.is_main else nullcontext():
         if world.is_main:
             remove_temporaries(out)
-            write_atomic(out / RECIPE, to_toml(_with_absolute_paths(setup.recipe)))
-        return _run(setup, out, world, report)
+            begin(out, setup)
+        with report.logged(out / LOG) if world.is_main else nullcontext():
+            return _run(setup, out, world, report)
 
 
 def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) -> Bill:
@@ -123,11 +109,12 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     report = report or Report()
     check_ours(out, (RECIPE, RESULT, FOLDER), "run")
     setup = open_experiment(recipe, world, report)
-    _finished(setup, out)
+    finished(out, setup)
     report.stage("timing a few steps")
+    guard = Guard(setup.optimizer)
     start = images = 0.0
-    for number, batch in enumerate(_training_batches(setup, 0, min(BILL_STEPS, setup.steps), world)):
-        _step(setup.objective, batch, number, setup, world)
+    for number, batch in enumerate(training_batches(setup, 0, min(BILL_STEPS, setup.steps), world)):
+        _step(setup.objective, batch, number, setup, world, guard)
         # The first step pays for the loader's start, and is not timed unless it is the only one.
         images += len(batch) if start else 0
         start = start or time.monotonic()
@@ -156,18 +143,22 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
         prove_replay(setup.store, setup.source, train_transform(setup.taught))
     world.barrier()
     model = world.wrap(objective)
-    batches = _training_batches(setup, done.step, setup.steps, world)
-    window = Window(out)
+    batches = training_batches(setup, done.step, setup.steps, world)
+    window, guard, due = Window(), Guard(setup.optimizer), Due(config.save_every)
     report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
     images = order.images_per_step
     with (
         closing(History(out, done.step, write=world.is_main)) as history,
+        Saver(out, config.keep, report.warn) as saver,
         Signals() as signals,
         report.progress("train", setup.steps * images, done.step * images) as progress,
     ):
         while True:
+            saver.best = history.best
             if setup.validates_at(done.step) and done.step not in history.validated:
-                numbers = _validate(setup, world, signals)
+                numbers = _validate(setup, world, signals, saver)
+                if world.is_main and history.is_best(numbers):
+                    _deliver(out / BEST, setup, numbers)
                 history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **numbers}, "val")
                 shown = (f"{name} {value:.4g}" for name, value in numbers.items() if name.endswith(("top1", "nll")))
                 report.stage(f"step {done.step}: {', '.join(shown)}")
@@ -175,25 +166,32 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
                 break
             began = time.monotonic()
             batch = next(batches)
-            losses, grad_norm = _step(model, batch, done.step, setup, world)
+            losses, grad_norm = _step(model, batch, done.step, setup, world, guard)
             done.add(len(batch) * world.size, len(batch.skipped), time.monotonic() - began)
             window.add(done.step, losses, grad_norm, len(batch) * world.size)
             progress.advance(images, window.note)
-            if done.step % config.log_every == 0 or done.step == setup.steps:
+            stop = world.agree(signals.received)
+            saves = stop or setup.ends_at(done.step) or due.at(done.step)
+            logs = done.step % config.log_every == 0 or done.step == setup.steps
+            if saves or logs or guard.refused:
+                check_finite(window, setup, saver, world)
+            if logs:
                 epoch = round((done.step - 1) / order.steps_per_epoch, 4)
                 lr = setup.learning_rate(done.step - 1)
                 history.log(done.step, {"epoch": epoch, "lr": lr, **window.flush()}, "train")
-            stop = world.agree(signals.received)
-            if stop or setup.saves_at(done.step):
-                window.check()
-                if world.is_main:
-                    save_checkpoint(out, done.step, objective, setup.optimizer, done.state(setup), setup.ema)
+            if saves and world.is_main:
+                saver.save(snapshot(done.step, objective, setup.optimizer, done.state(setup), setup.ema))
+                due.saved()
             if stop:
+                saver.wait()
                 raise stopped(stop, f"{out}: saved at step {done.step} of {setup.steps}; the same command goes on")
+        saver.wait()
     return _finish(setup, out, done, world, report)
 
 
-def _step(model: nn.Module, batch: Batch, step: int, setup: Experiment, world: World) -> tuple[Losses, Tensor]:
+def _step(
+    model: nn.Module, batch: Batch, step: int, setup: Experiment, world: World, guard: Guard
+) -> tuple[Losses, Tensor]:
     """One optimiser step; what it draws depends on (seed, step, rank) alone."""
     config, objective = setup.recipe.train, setup.objective
     set_learning_rate(setup.optimizer, setup.learning_rate(step))
@@ -204,6 +202,8 @@ def _step(model: nn.Module, batch: Batch, step: int, setup: Experiment, world: W
     setup.optimizer.zero_grad(set_to_none=True)
     losses = backward(model, batch, config.accumulate, world, config.precision)
     grad_norm = clip_gradients(objective, config)
+    if not guard.grants(losses, grad_norm):
+        return losses, grad_norm
     setup.optimizer.step()
     objective.after_step(step)
     if setup.ema is not None:
@@ -240,54 +240,45 @@ class _Done:
 
 
 def _resume(setup: Experiment, out: Path, report: Report) -> _Done:
-    """Load the newest checkpoint, where there is one."""
-    saved = checkpoints(out)
-    if not saved:
+    """Load the newest checkpoint that is whole, where there is one."""
+    resume = setup.recipe.runtime.resume
+    state = newest(out, resume, setup.objective, setup.optimizer, setup.ema, report.warn)
+    if state is None:
         return _Done()
-    state = load_checkpoint(saved[-1], setup.objective, setup.optimizer, setup.ema)
-    _check_identity(out, state.pop("identity"), setup)
-    report.stage(f"going on from {saved[-1].name}")
+    check_identity(out, state.pop("identity"), setup)
+    report.stage(f"going on from {checkpoint_path(out, state['step']).stem}")
     return _Done(**state)
 
 
-def _training_batches(setup: Experiment, start: int, stop: int, world: World) -> Iterator[Batch]:
-    batches = Batches(
-        setup.source,
-        setup.transform,
-        setup.order,
-        seed=setup.recipe.train.seed,
-        drawn=setup.store.drawn if setup.store else None,
-        rows=SparseRows(setup.store) if setup.store else None,
-        views_per_read=setup.recipe.train.views_per_read,
-        skip_unreadable=setup.recipe.data.skip_unreadable,
-    )
-    for batch in load(batches, range(start, stop), world.workers, world.device):
-        if len(batch) == 0:
-            raise DistillError(f"{batch.skipped[0]}; no image of its batch could be decoded")
-        yield batch
-
-
-def _validate(setup: Experiment, world: World, signals: Signals) -> dict[str, float]:
+def _validate(setup: Experiment, world: World, signals: Signals, saver: Saver) -> dict[str, float]:
     """Accuracy on all validation images, in fp32 as `distill eval` has it; that of the average as `ema_…`."""
     assert setup.val is not None
     config = setup.recipe
+    # Of which every rank has at least so many.
+    common = len(setup.val) // world.size // config.eval.batch_size
     students = {"": setup.objective.student} | ({} if setup.ema is None else {"ema_": setup.ema.module})
     numbers: dict[str, float] = {}
     for prefix, student in students.items():
         loaded = every_image(setup.val, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
         # LeViT and TinyViT keep their attention biases in evaluation, and forget what they kept when training begins.
         student.train().eval()
+        batches = _until(signals, loaded, world, common, saver)
         with Report(quiet=True).progress("", 0) as progress:
-            accuracy = measure_accuracy(student, _until(signals, loaded, world), setup.classes, world, "fp32", progress)
+            accuracy = measure_accuracy(student, batches, setup.classes, world, "fp32", progress)
         numbers |= {prefix + name: getattr(accuracy, name) for name in ("top1", "top5", "nll", "ece", "images")}
     return numbers
 
 
-def _until(signals: Signals, batches: Iterator[Batch], world: World) -> Iterator[Batch]:
-    """Break off a validation on a signal: its checkpoint is saved, and the next attempt begins with it."""
-    for batch in batches:
-        if signals.received and world.size == 1:
-            raise stopped(signals.received, "while validating, after saving; the same command goes on")
+def _until(signals: Signals, batches: Iterator[Batch], world: World, common: int, saver: Saver) -> Iterator[Batch]:
+    """Break off a validation on a signal: its checkpoint is saved, and the next attempt begins with it.
+
+    Args:
+        common: batches in which all ranks can ask each other.
+    """
+    for number, batch in enumerate(batches):
+        if number < max(1, common) and (stop := world.agree(signals.received)):
+            saver.wait()
+            raise stopped(stop, f"{saver.run}: while validating, after saving; the same command goes on")
         yield batch
 
 
@@ -311,56 +302,16 @@ def _finish(setup: Experiment, out: Path, done: _Done, world: World, report: Rep
         plain_top1=final.get("top1") if ema else None,
     )
     if world.is_main:
-        student, decay = setup.objective.student, setup.recipe.train.ema_decay
         if ema is not None:
-            save_student(out / PLAIN, student, setup.card(final.get("top1"), final.get("top5")))
-            student = ema.module
-        save_student(out / STUDENT, student, setup.card(summary.top1, summary.top5, decay or None))
+            save_student(out / PLAIN, setup.objective.student, setup.card(final.get("top1"), final.get("top5")))
+        _deliver(out / STUDENT, setup, final)
         write_json(out / RESULT, {**asdict(summary), "identity": setup.identity})
     report.stage(f"{out}: finished")
     return summary
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """So that `eval RUN` finds the data from any folder."""
-    data, store = recipe.data, recipe.store.path
-    places = {f"data.{key}": getattr(data, key) for key in ("path", "val", "root")}
-    settled = {key: absolute(place) for key, place in places.items() if place}
-    files = {"train.init_from": recipe.train.init_from, "student.class_map": recipe.student.class_map}
-    settled |= {key: str(Path(place).resolve()) for key, place in files.items() if place}
-    if store and "://" not in store:
-        settled["store.path"] = str(Path(store).resolve())
-    return update(recipe, settled)
-
-
-def _finished(setup: Experiment, out: Path) -> Summary | None:
-    """The summary of a finished run; None where there is none, or it is under way.
-
-    Raises:
-        MismatchError: the directory holds a run of another recipe; the fields are named.
-    """
-    if not (out / RECIPE).exists():
-        return None
-    there = load_recipe(str(out / RECIPE)).recipe
-    differing = differences(there, setup.recipe)
-    if differing:
-        shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
-        raise MismatchError(f"{out}: holds a run of another recipe ({shown}: there, asked); choose another --out")
-    if not (out / RESULT).exists():
-        return None
-    result = json.loads((out / RESULT).read_text())
-    _check_identity(out, result.pop("identity"), setup)
-    return Summary(**{**result, "status": "already_done", "run": str(out)})
-
-
-def _check_identity(out: Path, there: dict[str, Any], setup: Experiment) -> None:
-    for what, value in setup.identity.items():
-        if there.get(what) != value:
-            raise MismatchError(
-                f"{out}: began with another {what} ({_short(there.get(what))} there, {_short(value)} asked); "
-                "choose another --out"
-            )
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else canonical_json(value)[:60]
+def _deliver(path: Path, setup: Experiment, numbers: Mapping[str, Any]) -> None:
+    """Save the student, which is the average where there is one, with what it reached."""
+    kind, student = ("", setup.objective.student) if setup.ema is None else ("ema_", setup.ema.module)
+    card = setup.card(numbers.get(f"{kind}top1"), numbers.get(f"{kind}top5"), setup.recipe.train.ema_decay or None)
+    save_student(path, student, card)

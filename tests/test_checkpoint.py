@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from distill_cli.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from distill_cli.checkpoint import checkpoint_path, checkpoints, load_checkpoint, snapshot
 from distill_cli.ema import build_ema
 from distill_cli.errors import DamagedError
 from distill_cli.objectives.supervised import Supervised, SupervisedConfig
@@ -30,6 +30,15 @@ def _adamw(model: nn.Module) -> Optimizer:
     flat = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     rest = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     return AdamW([{"params": rest, "weight_decay": 0.1}, {"params": flat, "weight_decay": 0.0}], lr=0.01)
+
+
+def _save(
+    run: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict, ema: nn.Module | None = None
+) -> Path:
+    path = checkpoint_path(run, step)
+    path.parent.mkdir(exist_ok=True)
+    snapshot(step, model, optimizer, state, ema).write(path)
+    return path
 
 
 def _amsgrad(model: nn.Module) -> Optimizer:
@@ -59,7 +68,7 @@ def test_a_continued_training_is_the_same_bitwise(tmp_path: Path, make: MakeOpti
     first = _model()
     optimizer = make(first)
     _train(first, optimizer, range(2))
-    path = save_checkpoint(tmp_path, 2, first, optimizer, {})
+    path = _save(tmp_path, 2, first, optimizer, {})
     second = _model()
     optimizer = make(second)
     _train(second, optimizer, range(7, 8))
@@ -84,7 +93,7 @@ def test_the_average_comes_back_bitwise_with_the_weights(tmp_path: Path) -> None
     assert fresh is not None
     _train(model, _adamw(model), range(2))
     ema.update(model, 7)
-    path = save_checkpoint(tmp_path, 2, model, _adamw(model), {}, ema)
+    path = _save(tmp_path, 2, model, _adamw(model), {}, ema)
     other = _model()
     load_checkpoint(path, other, _adamw(other), fresh)
     for saved, loaded in ((model, other), (ema, fresh)):
@@ -94,35 +103,27 @@ def test_the_average_comes_back_bitwise_with_the_weights(tmp_path: Path) -> None
 
 def test_a_checkpoint_without_the_average_is_no_checkpoint_of_a_run_with_one(tmp_path: Path) -> None:
     model = _model()
-    path = save_checkpoint(tmp_path, 2, model, _adamw(model), {})
+    path = _save(tmp_path, 2, model, _adamw(model), {})
     with pytest.raises(DamagedError, match="not a readable checkpoint"):
         load_checkpoint(path, model, _adamw(model), build_ema(model, TrainConfig(ema_decay=0.9)))
 
 
 def test_the_state_comes_back_with_its_step(tmp_path: Path) -> None:
     model, state = _model(), {"images": 12, "train_s": 0.1, "identity": {"data": None, "name": "é"}}
-    path = save_checkpoint(tmp_path, 7, model, _adamw(model), state)
+    path = _save(tmp_path, 7, model, _adamw(model), state)
     assert load_checkpoint(path, model, _adamw(model)) == {**state, "step": 7}
-
-
-def test_the_newest_checkpoint_replaces_the_older_ones(tmp_path: Path) -> None:
-    model = _model()
-    for step in (9, 10, 100):
-        path = save_checkpoint(tmp_path, step, model, _adamw(model), {})
-        assert checkpoints(tmp_path) == [path]
-    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000100.safetensors"]
 
 
 def test_a_failed_save_keeps_the_former_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model()
-    former = save_checkpoint(tmp_path, 1, model, _adamw(model), {})
+    former = _save(tmp_path, 1, model, _adamw(model), {})
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 2, model, _adamw(model), {})
+        _save(tmp_path, 2, model, _adamw(model), {})
     assert list((tmp_path / "checkpoints").iterdir()) == [former]
 
 
@@ -133,7 +134,7 @@ def test_a_new_run_has_no_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
 def test_a_checkpoint_cut_short_is_damaged(tmp_path: Path, kept: int) -> None:
     model = _model()
-    path = save_checkpoint(tmp_path, 1, model, _adamw(model), {})
+    path = _save(tmp_path, 1, model, _adamw(model), {})
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(DamagedError, match=r"step-00000001.safetensors: not a readable checkpoint") as caught:
         load_checkpoint(path, model, _adamw(model))
@@ -142,7 +143,7 @@ def test_a_checkpoint_cut_short_is_damaged(tmp_path: Path, kept: int) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     wide = _model(6)
-    path = save_checkpoint(tmp_path, 1, wide, _adamw(wide), {})
+    path = _save(tmp_path, 1, wide, _adamw(wide), {})
     with pytest.raises(DamagedError, match="size mismatch"):
         load_checkpoint(path, _model(5), _adamw(_model(5)))
 
@@ -153,7 +154,7 @@ def _saved(run: Path) -> bytes:
     model = _model()
     optimizer = _adamw(model)
     _train(model, optimizer, range(2))
-    return save_checkpoint(run, 2, model, optimizer, {"b": 1, "a": 2}).read_bytes()
+    return _save(run, 2, model, optimizer, {"b": 1, "a": 2}).read_bytes()
 
 
 def test_equal_trainings_are_equal_bytes_in_every_process(tmp_path: Path, other_process: ProcessPoolExecutor) -> None:

@@ -1,5 +1,6 @@
 """`distill train`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,10 +8,11 @@ import typer
 from distill_cli.cli import options
 from distill_cli.cli.options import flags
 from distill_cli.cli.output import print_bill, print_result, report_for
+from distill_cli.errors import UsageError
 
 
 def command(
-    out: options.RunOut,
+    out: Annotated[Path | None, typer.Option("--out", metavar="RUN", help="The run's directory.")] = None,
     recipe: options.RecipeName = None,
     student: options.Student = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's own weights.")] = False,
@@ -37,12 +39,21 @@ def command(
     precision: options.Precision = None,
     seed: options.Seed = None,
     skip_unreadable: options.SkipUnreadable = False,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="auto|never|must", help="Where a run is under way in RUN.")
+    ] = None,
+    replay_step: Annotated[
+        Path | None,
+        typer.Option("--replay-step", metavar="FILE", help="Run the step of RUN/nan-STEP.json again, by itself."),
+    ] = None,
     sets: options.Sets = None,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train a student from a store or from labels, or go on where the run stopped."""
+    if out is None and replay_step is None:
+        raise UsageError("Missing option '--out'; see \"distill train --help\"")
     if gpus is not None:
         from distill_cli.launch import launch
 
@@ -71,11 +82,18 @@ def command(
             ("--device", "runtime.device", device),
             ("--precision", "train.precision", precision),
             ("--seed", "train.seed", seed),
+            ("--resume", "runtime.resume", resume),
             ("--skip-unreadable", "data.skip_unreadable", skip_unreadable),
         ),
     )
     with world(loaded.recipe.runtime) as here:
         report = report_for(here, quiet)
+        if replay_step is not None:
+            from distill_cli.replay_step import replay_step as replay
+
+            print_result(replay(replay_step, loaded.recipe.runtime, here, report), as_json)
+            return
+        assert out is not None
         if dry_run:
             bill = train.bill(loaded.recipe, out, here, report)
             if here.is_main:

@@ -18,8 +18,9 @@ from distill_cli.errors import DamagedError, MismatchError, UsageError
 from distill_cli.files import canonical_json
 from distill_cli.tensors import save_tensors
 
-STUDENT, PLAIN = "student.safetensors", "student-plain.safetensors"
-"""A run's weights: the average of them where it keeps one, and then the plain ones beside it."""
+STUDENT, PLAIN, BEST = "student.safetensors", "student-plain.safetensors", "student-best.safetensors"
+"""A run's weights: the average of them where it keeps one, and then the plain ones beside it; and those of the best
+validation."""
 TEXTS = ("student", "recipe_sha256", "data_fingerprint", "objective", "teacher", "store", "init_from")
 """The fields of a card that are strings."""
 

@@ -1,5 +1,6 @@
 """Whatever is wrong with what a command is given: its exit code, and one line that says where, what, and what to do."""
 
+import json
 import os
 import shutil
 import signal
@@ -454,3 +455,42 @@ def test_what_nobody_thought_of_is_still_one_line(
     monkeypatch.setattr(torch, "manual_seed", fail)
     said = refused(1, "train", *TRAIN, "--data", folder, "--out", out)
     assert said == "unexpected RuntimeError: first line second line; DISTILL_DEBUG=1 shows the traceback"
+
+
+def test_the_step_that_stopped_a_run_runs_again_by_itself(
+    folder: Path, out: Path, refused: Refused, distill: Cli
+) -> None:
+    said = refused(1, "train", *TRAIN, *EXPLODE, "--data", folder, "--out", out)
+    record = out / "nan-2.json"
+    assert said.endswith(f'"distill train --replay-step {record}" runs this step again')
+    written = json.loads(record.read_text())
+    assert (written["step"], written["values"]["loss"], len(written["keys"])) == (2, "nan", len(written["sample_ids"]))
+    again = json.loads(distill("train", "--replay-step", record, "--workers", "0", "--json").out)
+    assert (again["step"], again["finite"], again["values"]["loss"]) == (2, False, "nan")
+    assert again["images"] == len(written["sample_ids"])
+    assert again["first_module"].startswith("student.")
+    assert again["parameters"] > 0
+    # Of a step that was well the numbers are those of the run.
+    record.write_text(json.dumps({**written, "step": 1}))
+    fine = json.loads(distill("train", "--replay-step", record, "--workers", "0", "--json").out)
+    assert (fine["first_module"] is None) == fine["finite"]
+
+
+def test_no_step_to_replay(out: Path, refused: Refused, tmp_path: Path) -> None:
+    assert refused(2, "train", "--replay-step", out / "nan-3.json").endswith(
+        "give RUN/nan-STEP.json of a run that stopped"
+    )
+    (tmp_path / "nan-1.json").write_text("{}")
+    assert "not what a run writes that stops (lacks its fields)" in refused(
+        4, "train", "--replay-step", tmp_path / "nan-1.json"
+    )
+
+
+def test_resume_must_and_never(folder: Path, out: Path, refused: Refused, distill: Cli) -> None:
+    arguments = ("train", *TRAIN, "--set", "train.steps=2", "--data", folder, "--out", out)
+    assert "has no checkpoint to go on from" in refused(4, *arguments, "--resume", "must")
+    assert distill(*arguments, "--resume", "never").code == 0
+    assert json.loads(distill(*arguments, "--resume", "never", "--json").out)["status"] == "already_done"
+    (out / "result.json").unlink()
+    assert "a run is under way at step-00000002" in refused(2, *arguments, "--resume", "never")
+    assert distill(*arguments, "--resume", "must").code == 0

@@ -115,3 +115,50 @@ def test_another_recipe_in_the_directory_is_refused_by_field(undisturbed, store,
     _, err = run(*distil(store, folder, undisturbed), "--lr", "0.5", code=3)
     assert "train.lr" in err
     assert "choose another --out" in err
+
+
+def test_a_signal_while_validating_loses_nothing(undisturbed, store, folder, tmp_path):
+    """It waits for the checkpoint, and the next attempt begins with the validation."""
+    out = tmp_path / "run"
+    slow = (*distil(store, folder, out), "--set", "eval.batch_size=1")
+    process = start(*slow)
+    wait_until(lambda: any(int(path.stem[5:]) == 12 for path in out.rglob("step-*.safetensors")), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 143, err
+    run(*slow)
+    assert (out / "student.safetensors").read_bytes() == (undisturbed / "student.safetensors").read_bytes()
+    assert [line["step"] for line in metrics(out) if "top1" in line] == [12, 24, 36]
+
+
+def test_a_signal_in_the_first_step(undisturbed, store, folder, tmp_path):
+    out = tmp_path / "run"
+    process = start(*distil(store, folder, out))
+    wait_until(lambda: (out / "metrics.jsonl").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    kill(process)
+    run(*distil(store, folder, out))
+    assert (out / "student.safetensors").read_bytes() == (undisturbed / "student.safetensors").read_bytes()
+
+
+def test_checkpoints_by_the_clock(undisturbed, store, folder, tmp_path):
+    out = tmp_path / "run"
+    done = run_json(*distil(store, folder, out), "--set", "train.save_every=0.01s", "--set", "train.keep=100")
+    assert done["steps"] == 36
+    assert len(list((out / "checkpoints").iterdir())) == 36
+    assert (out / "student.safetensors").read_bytes() == (undisturbed / "student.safetensors").read_bytes()
+    assert "36 steps, 12 an epoch" in next((out / "log").iterdir()).read_text()
+
+
+def test_a_newest_checkpoint_that_was_cut(undisturbed, store, folder, tmp_path):
+    out = tmp_path / "run"
+    process = start(*distil(store, folder, out), "--set", "train.keep=2")
+    wait_until(lambda: len(list(out.rglob("step-*.safetensors"))) == 2, process)
+    kill(process)
+    last = sorted(out.rglob("step-*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:1000])
+    _, err = run(*distil(store, folder, out))
+    assert f"warning: {last}: not a readable checkpoint (" in err
+    assert (out / "student.safetensors").read_bytes() == (undisturbed / "student.safetensors").read_bytes()
+    assert metrics(out) == metrics(undisturbed)
