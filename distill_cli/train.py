@@ -260,7 +260,7 @@ def _validate(setup: Experiment, world: World, signals: Signals, saver: Saver) -
     numbers: dict[str, float] = {}
     for prefix, student in students.items():
         loaded = every_image(setup.val, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
-        # LeViT and TinyViT keep their attention biases in evaluation, and forget what they kept when training begins.
+        # LeViT and TinyViT keep their attention biases in evaluation; up to timm 1.0.22 only train() drops them.
         student.train().eval()
         batches = _until(signals, loaded, world, common, saver)
         with Report(quiet=True).progress("", 0) as progress:

@@ -78,6 +78,17 @@ def test_the_student_is_the_average_and_the_plain_one_lies_beside_it(
         assert (scores["top1"], scores["nll"]) == (top1, nll)
 
 
+def test_an_average_is_validated_by_the_attention_biases_that_it_has_by_then(
+    distill: Cli, folder: Path, trained: Callable[..., Path]
+) -> None:
+    """LeViT keeps its biases from one evaluation to the next; here the second one is compared with `eval`."""
+    small = ("--student", "levit_128s", "--image-size", "64", "--batch-size", "8", "--workers", "0", "--lr", "0.01")
+    run = trained("run", *small, *sets("train.steps=10", "train.ema_decay=0.5"))
+    first, second = lines(run, "top1")
+    scores = distill("eval", run, "--data", folder, "--workers", "0", "--json", "--quiet").json
+    assert scores["nll"] == second["ema_nll"] != first["ema_nll"]
+
+
 def test_the_plain_weights_are_those_of_a_run_without_an_average(trained: Callable[..., Path]) -> None:
     averaged, plain = trained("averaged", *TRAIN, *sets("train.ema_decay=0.9")), trained("plain", *TRAIN)
     assert (averaged / "student-plain.safetensors").read_bytes() != (averaged / "student.safetensors").read_bytes()
