@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from distill_cli.data import open_train, open_val
 from distill_cli.data.crops import evaluated
 from distill_cli.data.loader import TrainingOrder
-from distill_cli.data.sources import Source, check_classes, fingerprint, num_classes
+from distill_cli.data.sources import Source, check_classes, fingerprint, num_classes, parts
 from distill_cli.data.views import (
     DEFAULTS,
     SEEN,
@@ -37,6 +38,8 @@ from distill_cli.store import open_store
 from distill_cli.store.reader import Store
 from distill_cli.students.build import check_forward, constructor_arguments, create, input_config, timm_name
 from distill_cli.students.weights import Card
+
+SHUFFLE_TARS = 16
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,8 @@ def _settle(
         "train.epochs": ("steps" if train.steps else "default", epochs),
         "train.warmup_epochs": ("epochs", warmup),
     }
+    if order.tars:
+        decided["train.shuffle_tars"] = ("data", order.window)
     settled = update(recipe, {path: value for path, (_, value) in decided.items()})
     return settled, {path: origin for path, (origin, _) in decided.items()}
 
@@ -238,14 +243,33 @@ def _order(recipe: Recipe, source: Source, store: Store | None, world: World) ->
     config = recipe.train
     if config.batch_size % world.size:
         raise UsageError(f"--batch-size {config.batch_size}: is global and does not divide by {world.size} ranks")
+    sample_ids = store.sample_ids if store else np.arange(len(source))
+    tars = _tars(recipe, source, sample_ids)
     return TrainingOrder(
-        sample_ids=store.sample_ids if store else np.arange(len(source)),
+        sample_ids=sample_ids,
         batch_size=config.batch_size,
         seed=config.seed,
         views=store.views if store else 2**31,
         rank=world.rank,
         world_size=world.size,
+        tars=tars,
+        window=0 if not tars else SHUFFLE_TARS if config.shuffle_tars is None else config.shuffle_tars,
     )
+
+
+def _tars(recipe: Recipe, source: Source, sample_ids: NDArray[np.int64]) -> tuple[int, ...]:
+    """How many of the samples each tar has; none where the data is no tars.
+
+    Raises:
+        UsageError: it is none, and some are asked for.
+    """
+    sizes = parts(source)
+    if sizes is None:
+        if recipe.train.shuffle_tars is not None:
+            raise UsageError(f"train.shuffle_tars: --data {recipe.data.path} is no tars; leave it out")
+        return ()
+    before = np.searchsorted(sample_ids, np.cumsum(sizes))
+    return tuple(np.diff(before, prepend=0).tolist())
 
 
 def _check_needs(objective: Objective, recipe: Recipe, source: Source, store: Store | None) -> None:

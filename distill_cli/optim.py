@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import Optimizer
 
-from distill_cli.config import Fraction, NonNegative, Positive, PositiveFloat, Precision, Seed, section
+from distill_cli.config import Fraction, Natural, NonNegative, Positive, PositiveFloat, Precision, Seed, section
 from distill_cli.objectives import Objective
 
 BASE_LR, BASE_BATCH = 5e-4, 512
@@ -35,6 +35,8 @@ class TrainConfig:
     eps: PositiveFloat = 1e-8
     clip_grad: NonNegative = 5.0
     """Largest norm of the gradient over all parameters; 0 does not clip."""
+    shuffle_tars: Natural | None = None
+    """Where the data is tars: those that a shuffled epoch reads from at a time; by default 16. 0: from all."""
     precision: Precision = "fp32"
     seed: Seed = 0
     log_every: Positive = 20

@@ -71,7 +71,8 @@ Order = Callable[[int], tuple[int, NDArray[np.int64]]]
 class TrainingOrder:
     """Samples shuffled by (seed, epoch) and cut into global batches, of which a rank takes its slice.
 
-    Epoch e reads view e mod views. What does not fill a last batch waits for another epoch's shuffle.
+    Epoch e reads view e mod views. What does not fill a last batch waits for another epoch's shuffle. Of data in tars
+    only so many are open at a time: see `windowed`.
     """
 
     sample_ids: NDArray[np.int64]
@@ -81,6 +82,10 @@ class TrainingOrder:
     views: int
     rank: int = 0
     world_size: int = 1
+    tars: tuple[int, ...] = ()
+    """How many of `sample_ids` each tar has, one tar behind the other; none: the samples are in no tars."""
+    window: int = 0
+    """Tars that are open at a time; 0: all."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -93,7 +98,7 @@ class TrainingOrder:
 
     def __call__(self, step: int) -> tuple[int, NDArray[np.int64]]:
         epoch, place = divmod(step, self.steps_per_epoch)
-        shuffled = _permutation(derive("order", self.seed, epoch), len(self.sample_ids))
+        shuffled = _permutation(derive("order", self.seed, epoch), len(self.sample_ids), self.tars, self.window)
         chosen = shuffled[place * self.batch_size : (place + 1) * self.batch_size]
         return epoch % self.views, self.sample_ids[np.array_split(chosen, self.world_size)[self.rank]]
 
@@ -121,8 +126,29 @@ class ListingOrder:
 
 
 @functools.lru_cache(maxsize=2)
-def _permutation(seed: int, count: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).permutation(count)
+def _permutation(seed: int, count: int, tars: tuple[int, ...], window: int) -> NDArray[np.int64]:
+    drawn = np.random.default_rng(seed)
+    return windowed(drawn, tars, window) if 0 < window < len(tars) else drawn.permutation(count)
+
+
+def windowed(drawn: np.random.Generator, tars: Sequence[int], window: int) -> NDArray[np.int64]:
+    """A shuffle of the samples of some tars in which no more than `window` tars are open at a time.
+
+    The tars are put into a random order; tar j of it, from 0, opens at time j and has closed by time j + window, and
+    each sample is drawn a time in between. So when the first sample of tar j comes, the last one of tar j - window is
+    past, and a window slides from tar to tar, where blocks of tars would be fetched all at once. No time before
+    window - 1 and after len(tars) is drawn, so that the first and last batches are of a whole window too.
+
+    Args:
+        tars: samples of each.
+        window: from 1 to len(tars).
+    """
+    opens = drawn.permutation(len(tars))
+    first, last = np.maximum(opens, window - 1), np.minimum(opens + window, len(tars))
+    times = drawn.random(sum(tars))
+    times *= np.repeat(last - first, tars)
+    times += np.repeat(first, tars)
+    return np.argsort(times, kind="stable")
 
 
 @dataclass
