@@ -109,7 +109,7 @@ def captured(make_plan: Callable[..., Plan], tmp_path: Path) -> Callable[..., St
 def test_a_capture_of_two_views_fetches_each_tar_once(
     remote: Remote, captured: Callable[..., Store], workers: int
 ) -> None:
-    store = captured(remote.open(tars=3), workers)
+    store = captured(remote.open(tars=5), workers)
     assert remote.fetched == EACH_ONCE
     assert [entry.rows for entry in store.manifests[0].shards] == [*SIZES, *SIZES]
     assert store.shard(1, 5).sample_id.tolist() == list(range(28, 40))  # type: ignore[union-attr]

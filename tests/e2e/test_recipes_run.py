@@ -2,18 +2,21 @@
 
 import pytest
 from commands import run_json
+from served import write_tar
 
 from distill_cli.shipped import recipes
 
 pytestmark = pytest.mark.slow
 
+SMALL_DEIT = ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=7")
 SMALL = {
     "tinyvit-21m-in1k": ("student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}",),
     "tinyvit-21m-in22k": (
         "student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}",
         "teacher.num_classes=10",
     ),
-    "deit-small-in1k": ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=7"),
+    "deit-small-in1k": SMALL_DEIT,
+    "deit-small-in1k-wds": SMALL_DEIT,
     "quickstart-teacher": (),
     "quickstart-student": (),
 }
@@ -23,10 +26,24 @@ def test_the_list_is_all_that_is_shipped():
     assert SMALL.keys() == recipes().keys()
 
 
+def in_tars(folder, root):
+    """The images in tars named as the recipe has them, but fewer: `--data`, and `--set` for those to validate on."""
+    for split, name, count in (("train", "imagenet1k-train-000{}.tar", 3), ("val", "imagenet1k-validation-0{}.tar", 2)):
+        files = sorted((folder / split).glob("*/*"))
+        for number in range(count):
+            members = {}
+            for file in files[number::count]:
+                members |= {file.name: file.read_bytes(), f"{file.stem}.cls": file.parent.name}
+            write_tar(root / name.format(number), members)
+    val = f"data.val=wds:{root}/imagenet1k-validation-{{00..01}}.tar"
+    return f"wds:{root}/imagenet1k-train-{{0000..0002}}.tar", "--set", val
+
+
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_recipe(name, teacher, folder, tmp_path):
     sets = [word for text in SMALL[name] for word in ("--set", text)]
-    common = ("--recipe", name, "--data", folder, "--image-size", "28", "--workers", "0", *sets)
+    data = in_tars(folder, tmp_path / "tars") if name.endswith("-wds") else (folder,)
+    common = ("--recipe", name, "--data", *data, "--image-size", "28", "--workers", "0", *sets)
     store = ()
     if name != "quickstart-teacher":
         teach = ("--teacher", teacher, "--views", "2", "--top-k", "3", "--precision", "fp32")
