@@ -109,9 +109,11 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
     )
     settled = {f"data.{name}": value for name, value in view.table.items()} | {"store.top_k": k, "store.bits": bits}
     origins = {path: "default" if path.removeprefix("data.") in DEFAULTS else "teacher" for path in settled}
-    settled["store.order"], origins["store.order"] = "dealt" if plan.shard_sizes is None else "tars", "data"
-    if plan.shard_sizes is None:
-        settled["store.shard_rows"], origins["store.shard_rows"] = plan.shard_rows, "default"
+    if plan.shard_sizes is not None:
+        settled["store.order"], origins["store.order"] = "tars", "data"
+    else:
+        settled |= {"store.order": "dealt", "store.shard_rows": plan.shard_rows}
+        origins |= {"store.order": "data" if store.shard_rows is None else "shard_rows", "store.shard_rows": "default"}
     return Capture(update(recipe, settled), origins, teacher, source, view, plan)
 
 
