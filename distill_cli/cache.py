@@ -33,14 +33,17 @@ class FileCache:
     def file(self, sha256: str, fetch: Callable[[Path], None]) -> Path:
         """The file of this name; where it is not there, `fetch` writes it to a temporary path, or raises."""
         path = self.folder / f"{sha256}{self.suffix}"
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with turn(self.folder, sha256):
-                if not path.exists():
-                    self._fetch(path, fetch)
-        # What `_evict` goes by; the time of access is not kept everywhere.
-        os.utime(path)
-        return path
+        while True:
+            if not path.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with turn(self.folder, sha256):
+                    if not path.exists():
+                        self._fetch(path, fetch)
+            # Another process may have let go of it since.
+            with contextlib.suppress(FileNotFoundError):
+                # What `_evict` goes by; the time of access is not kept everywhere.
+                os.utime(path)
+                return path
 
     def _fetch(self, path: Path, fetch: Callable[[Path], None]) -> None:
         temporary = path.with_suffix(".tmp")
@@ -54,8 +57,12 @@ class FileCache:
 
     def _evict(self, keep: Path, most: float) -> None:
         kept = 0
-        entries = [(path.stat(), path) for path in self.folder.glob(f"*{self.suffix}")]
-        for status, path in sorted(entries, key=lambda entry: -entry[0].st_mtime):
+        entries = []
+        for path in self.folder.glob(f"*{self.suffix}"):
+            # Another process may evict too.
+            with contextlib.suppress(FileNotFoundError):
+                entries.append((path.stat(), path))
+        for status, path in sorted(entries, key=lambda entry: -entry[0].st_mtime_ns):
             kept += status.st_size
             if kept > most and path != keep:
                 path.unlink(missing_ok=True)

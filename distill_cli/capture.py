@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from distill_cli.data import open_train
 from distill_cli.data.images import printable
 from distill_cli.data.loader import Batch, Batches, load
-from distill_cli.data.sources import Source, check_classes, fingerprint
+from distill_cli.data.sources import Source, check_classes, fingerprint, parts
 from distill_cli.data.views import DEFAULTS, View, resolve_view, train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.errors import DistillError, UsageError
@@ -32,7 +33,7 @@ from distill_cli.recipe import Recipe, update
 from distill_cli.report import Progress, Report
 from distill_cli.software import versions
 from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, sampling_uniforms, top_k
-from distill_cli.store.dealing import Dealing
+from distill_cli.store.dealing import Dealing, Following
 from distill_cli.store.plan import PROBES, Plan
 from distill_cli.store.rows import Rows
 from distill_cli.store.writer import StoreWriter
@@ -41,6 +42,7 @@ from distill_cli.teachers import Frozen, load_frozen
 
 DEFAULT_TOP_K = 10
 DEFAULT_BITS = 8
+DEFAULT_SHARD_ROWS = 16384
 QUEUED_BATCHES = 16
 """Batches of rows that wait to be written; beyond them the teacher waits."""
 POLL_S = 0.5
@@ -98,7 +100,7 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
         keep_mass=store.keep_mass,
         min_k=store.min_k,
         sample=store.sample,
-        shard_rows=store.shard_rows,
+        **shards_of(recipe, source),
         seed=store.seed,
         precision=store.precision,
         codec=store.codec,
@@ -107,6 +109,11 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
     )
     settled = {f"data.{name}": value for name, value in view.table.items()} | {"store.top_k": k, "store.bits": bits}
     origins = {path: "default" if path.removeprefix("data.") in DEFAULTS else "teacher" for path in settled}
+    if plan.shard_sizes is not None:
+        settled["store.order"], origins["store.order"] = "tars", "data"
+    else:
+        settled |= {"store.order": "dealt", "store.shard_rows": plan.shard_rows}
+        origins |= {"store.order": "data" if store.shard_rows is None else "shard_rows", "store.shard_rows": "default"}
     return Capture(update(recipe, settled), origins, teacher, source, view, plan)
 
 
@@ -115,9 +122,7 @@ class CaptureOrder:
     """Batch number -> (view, sample ids), shard after shard; a batch never crosses shards, so that what is in a shard
     does not depend on which others were missing."""
 
-    dealing: Dealing
-    shards: int
-    """Of a view."""
+    dealing: Dealing | Following
     batch_size: int
 
     def batches(self, piece: Piece) -> int:
@@ -125,21 +130,26 @@ class CaptureOrder:
 
     def numbers(self, piece: Piece) -> range:
         """The batches of one shard."""
-        first = (piece[0] * self.shards + piece[1]) * self._stride
+        first = (piece[0] * self.dealing.shards + piece[1]) * self._stride
         return range(first, first + self.batches(piece))
 
+    def piece(self, number: int) -> Piece:
+        """The shard of a batch."""
+        return divmod(number // self._stride, self.dealing.shards)
+
     def __call__(self, number: int) -> tuple[int, NDArray[np.int64]]:
-        index, batch = divmod(number, self._stride)
-        view, shard = divmod(index, self.shards)
-        return view, _ids_of(self.dealing, shard)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        view, shard = self.piece(number)
+        first = number % self._stride * self.batch_size
+        return view, _ids_of(self.dealing, shard)[first : first + self.batch_size]
 
     @property
     def _stride(self) -> int:
-        return -(-self.dealing.shard_rows // self.batch_size)
+        """Numbers of a shard; one with fewer batches leaves some out."""
+        return -(-self.dealing.largest // self.batch_size)
 
 
 @functools.lru_cache(maxsize=2)
-def _ids_of(dealing: Dealing, shard: int) -> NDArray[np.int64]:
+def _ids_of(dealing: Dealing | Following, shard: int) -> NDArray[np.int64]:
     return dealing.sample_ids(shard)
 
 
@@ -158,6 +168,9 @@ def fill(
     plan = capture.plan
     rows = {piece: len(plan.dealing.places(piece[1])) for piece in pieces}
     missing = [piece for piece in pieces if not writer.is_there(*piece)]
+    if plan.shard_sizes is not None:
+        # All views of a tar, then the next tar: one behind a URL is fetched once.
+        missing.sort(key=lambda piece: (piece[1], piece[0]))
     total, todo = sum(rows.values()), sum(rows[piece] for piece in missing)
     report.stage(f"writing {len(missing)} of {len(pieces)} shards to {writer.path}")
     with (
@@ -189,7 +202,7 @@ def _pass(
 ) -> set[Piece]:
     """Compute all shards that can be claimed; gives those."""
     plan, mine = capture.plan, set[Piece]()
-    order = CaptureOrder(plan.dealing, plan.shards, capture.recipe.store.batch_size)
+    order = CaptureOrder(plan.dealing, capture.recipe.store.batch_size)
     begun: deque[Piece] = deque()
     claimed = _claimed(plan, missing, claims, sink.writer, begun)
     first = next(claimed, None)
@@ -384,6 +397,24 @@ def join(parts: Sequence[Taught], plan: Plan) -> Rows:
     class_id, log_prob, log_tail = map(np.concatenate, columns)
     count = np.concatenate([taught.rows.counts.numpy() for taught in parts]) if plan.form.ragged else None
     return Rows(np.concatenate([taught.batch.sample_ids for taught in parts]), class_id, log_prob, log_tail, count)
+
+
+def shards_of(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """`shard_rows` and `shard_sizes` of a plan: a shard for each tar, or samples dealt to shards of so many rows.
+
+    Raises:
+        UsageError: the shards are to follow tars and the data has none, or are to have so many rows all the same.
+    """
+    store, sizes = recipe.store, parts(source)
+    if store.order == "tars" and sizes is None:
+        raise UsageError(f"store.order tars: --data {recipe.data.path} is no tars; give wds:PATTERN, or leave it out")
+    if store.order == "tars" and store.shard_rows is not None:
+        raise UsageError(
+            f"--shard-rows {store.shard_rows}: store.order is tars, and shards end where these end; give one of them"
+        )
+    if sizes is None or store.order == "dealt" or store.shard_rows is not None:
+        return {"shard_rows": store.shard_rows or DEFAULT_SHARD_ROWS}
+    return {"shard_rows": max(sizes), "shard_sizes": sizes}
 
 
 def _check_rows(recipe: Recipe, k: int, num_classes: int) -> None:

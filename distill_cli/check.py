@@ -3,6 +3,7 @@
 (TinyViT's own check prints two running means; it has no threshold and no exit code, and leaves out the last batch.)
 """
 
+import itertools
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -146,26 +147,26 @@ def choose(generation: Generation, batch_size: int, rows: int, seed: int) -> lis
     The first and the last of all are among them, and as many others, drawn by `seed`, as make `rows` rows.
     """
     plan = generation.plan
-    order = CaptureOrder(plan.dealing, plan.shards, batch_size)
-    full, last = order.batches((0, 0)), order.batches((0, plan.shards - 1))
-    of_a_view = (plan.shards - 1) * full + last
-    stride = order.numbers((0, 1)).start
+    order = CaptureOrder(plan.dealing, batch_size)
+    ends = np.cumsum([order.batches((0, shard)) for shard in range(plan.shards)])
+    of_a_view = int(ends[-1])
     total = plan.views * of_a_view
 
     def number(place: int) -> int:
         view, within = divmod(place, of_a_view)
-        shard, batch = divmod(within, full)
-        return (view * plan.shards + shard) * stride + batch
+        shard = int(np.searchsorted(ends, within, side="right"))
+        return order.numbers((view, shard)).stop - int(ends[shard]) + within
 
-    # Far more than are needed where batches are full, and no harm: the walk ends with enough rows.
-    wanted = min(total, 2 + -(-rows // min(batch_size, plan.shard_rows, plan.samples)) * 2)
+    # Twice as many as are needed on average; where they are not enough, in order.
+    wanted = min(total, 2 + -(-rows * of_a_view // plan.samples) * 2)
     drawn = random.Random(derive("check", seed, generation.number)).sample(range(total), wanted)
     found, count = set[int](), 0
-    for place in (0, total - 1, *drawn):
-        if place in found or (count >= rows and len(found) >= 2):
-            continue
-        found.add(place)
-        count += len(order(number(place))[1])
+    for place in itertools.chain((0, total - 1), drawn, range(total)):
+        if count >= rows and len(found) >= min(2, total):
+            break
+        if place not in found:
+            found.add(place)
+            count += len(order(number(place))[1])
     return sorted(map(number, found))
 
 
@@ -217,12 +218,11 @@ class _Order:
 def _order(store: Store, generation: Generation, batch_size: int, numbers: Sequence[int]) -> _Order:
     """The chosen batches, without the samples that the capture skipped."""
     plan = generation.plan
-    order = CaptureOrder(plan.dealing, plan.shards, batch_size)
-    stride = order.numbers((0, 1)).start
+    order = CaptureOrder(plan.dealing, batch_size)
     batches, pieces = [], []
     for number in numbers:
         view, ids = order(number)
-        shard = number // stride % plan.shards
+        _, shard = order.piece(number)
         skipped = plan.dealing.sample_ids(shard)[store.shard(generation.offset + view, shard).skipped]
         batches.append((view, ids[~np.isin(ids, skipped)]))
         pieces.append((view, shard))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from distill_cli.data import open_train, open_val
 from distill_cli.data.crops import evaluated
 from distill_cli.data.loader import TrainingOrder
-from distill_cli.data.sources import Source, check_classes, fingerprint, num_classes
+from distill_cli.data.sources import Source, check_classes, fingerprint, num_classes, parts
 from distill_cli.data.views import (
     DEFAULTS,
     SEEN,
@@ -50,6 +51,8 @@ from distill_cli.students.build import (
 )
 from distill_cli.students.transfer import begin_from, check_begin
 from distill_cli.students.weights import Card
+
+SHUFFLE_TARS = 16
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,8 @@ def _settle(
         "train.warmup_epochs": ("epochs", warmup),
     }
     decided |= {f"train.{name}": ("optimizer", value) for name, value in chosen.items()}
+    if order.tars:
+        decided["train.shuffle_tars"] = ("data", order.window)
     settled = update(recipe, {path: value for path, (_, value) in decided.items()})
     return settled, {path: origin for path, (origin, _) in decided.items()}
 
@@ -296,15 +301,34 @@ def _order(recipe: Recipe, source: Source, store: Store | None, world: World) ->
             f"train.accumulate: {config.accumulate} parts of {config.batch_size // world.size} images a rank; "
             "give fewer, or a larger --batch-size"
         )
+    sample_ids = store.sample_ids if store else np.arange(len(source))
+    tars = _tars(recipe, source, sample_ids)
     return TrainingOrder(
-        sample_ids=store.sample_ids if store else np.arange(len(source)),
+        sample_ids=sample_ids,
         batch_size=config.batch_size,
         seed=config.seed,
         views=store.views if store else 2**31,
         rank=world.rank,
         world_size=world.size,
         views_per_read=views,
+        tars=tars,
+        window=0 if not tars else SHUFFLE_TARS if config.shuffle_tars is None else config.shuffle_tars,
     )
+
+
+def _tars(recipe: Recipe, source: Source, sample_ids: NDArray[np.int64]) -> tuple[int, ...]:
+    """How many of the samples each tar has; none where the data is no tars.
+
+    Raises:
+        UsageError: it is none, and some are asked for.
+    """
+    sizes = parts(source)
+    if sizes is None:
+        if recipe.train.shuffle_tars is not None:
+            raise UsageError(f"train.shuffle_tars: --data {recipe.data.path} is no tars; leave it out")
+        return ()
+    before = np.searchsorted(sample_ids, np.cumsum(sizes))
+    return tuple(np.diff(before, prepend=0).tolist())
 
 
 def _check_needs(objective: Objective, recipe: Recipe, source: Source, store: Store | None) -> None:

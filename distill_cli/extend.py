@@ -17,7 +17,7 @@ from distill_cli.teacher_logits import Summary, write_generation
 
 OF_A_GENERATION = ("views", "first_view", "software", "lineage")
 """Fields of a plan in which an extension may differ."""
-KEPT = ("top_k", "keep_mass", "min_k", "sample", "shard_rows", "codec", "bits", "seed", "precision")
+KEPT = ("top_k", "keep_mass", "min_k", "sample", "codec", "bits", "seed", "precision")
 """Fields of a plan that are values of `[store]` too."""
 
 
@@ -99,4 +99,6 @@ def _as_before(recipe: Recipe, plan: Plan) -> Recipe:
     """The recipe with all that the store decides."""
     values = {f"data.{name}": value for name, value in stored_view(recipe.data, plan.transform).table.items()}
     values |= {f"store.{name}": getattr(plan, name) for name in (*KEPT, "views", "first_view")}
+    dealt = plan.shard_sizes is None
+    values |= {"store.order": "dealt" if dealt else "tars", "store.shard_rows": plan.shard_rows if dealt else None}
     return update(recipe, values)

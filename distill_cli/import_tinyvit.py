@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill_cli.capture import shards_of
 from distill_cli.data import open_train
 from distill_cli.data.sources import Source, check_classes, fingerprint
 from distill_cli.data.sources import num_classes as classes_of
@@ -80,7 +81,7 @@ def import_tinyvit(
     the rows keep their seeds, for `export_tinyvit`, and cannot be replayed here.
 
     Args:
-        recipe: `data`, and of `store` codec, bits and shard_rows.
+        recipe: `data`, and of `store` codec, bits, order and shard_rows.
         keys: how samples are named: `index`, `stem`, or `auto`, which takes decimal numbers as indices.
 
     Raises:
@@ -230,7 +231,7 @@ def _plan(run: Sequence[Epoch], teacher: dict[str, Any], source: Source, recipe:
         views=len(run),
         first_view=run[0].number,
         top_k=run[0].k,
-        shard_rows=store.shard_rows,
+        **shards_of(recipe, source),
         seed=0,
         precision="fp16",
         codec=store.codec,

@@ -11,7 +11,17 @@ from timm.optim import get_optimizer_info as timm_info
 from torch import nn
 from torch.optim import Optimizer
 
-from distill_cli.config import Fraction, NonNegative, Positive, PositiveFloat, Precision, Seed, Time, section
+from distill_cli.config import (
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Precision,
+    Seed,
+    Time,
+    section,
+)
 from distill_cli.errors import UsageError, nearest
 from distill_cli.objectives import Objective
 
@@ -87,6 +97,8 @@ class TrainConfig:
     """The average's decay rises with the steps, to `ema_decay`."""
     freeze_bn: bool = False
     """BatchNorm normalises by the statistics that the student began with."""
+    shuffle_tars: Natural | None = None
+    """Where the data is tars: those that a shuffled epoch reads from at a time; by default 16. 0: from all."""
     precision: Precision = "fp32"
     seed: Seed = 0
     log_every: Positive = 20

@@ -146,11 +146,12 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     capture = open_capture(recipe, world, report)
     check_plan(out, Generation(0, capture.plan))
     plan = capture.plan
-    order = CaptureOrder(plan.dealing, plan.shards, recipe.store.batch_size)
+    order = CaptureOrder(plan.dealing, recipe.store.batch_size)
+    numbers = (number for piece in plan.every_shard() for number in order.numbers(piece))
     report.stage("timing a few batches")
     parts: list[Taught] = []
     start = 0.0
-    for batch in batches_of(capture, order, itertools.islice(order.numbers((0, 0)), BILL_BATCHES), world):
+    for batch in batches_of(capture, order, itertools.islice(numbers, BILL_BATCHES), world):
         parts.append(teach(capture, batch, world))
         # The first batch pays for the loader's start, and is not timed unless it is the only one.
         start = start or time.monotonic()
@@ -188,7 +189,7 @@ def _encoded(plan: Plan, rows: Rows) -> int:
     """The size of a shard of just these rows."""
     if len(rows) == 0:
         return 0
-    alone = replace(plan, samples=len(rows), shard_rows=len(rows))
+    alone = replace(plan, samples=len(rows), shard_rows=len(rows), shard_sizes=None)
     dealt = replace(rows, sample_id=alone.dealing.sample_ids(0))
     return len(encode(alone, 0, 0, dealt, np.zeros(min(PROBES, len(rows)), np.uint32)))
 

@@ -82,6 +82,8 @@ def symbol(number):
 
 def sample_ids(plan, shard, skipped):
     """The samples of a shard: those whose place it has."""
+    if sizes := plan.get("shard_sizes"):
+        return [sum(sizes[:shard]) + place for place in range(sizes[shard]) if place not in skipped]
     first, n = shard * plan["shard_rows"], plan["samples"]
     places = range(first, min(first + plan["shard_rows"], n))
     return [sample(first + place, n) for place in range(len(places)) if place not in skipped]

@@ -87,7 +87,7 @@ def _contents(root: Path) -> dict[str, bytes]:
 
 def test_a_batch_never_crosses_shards_and_each_sample_comes_once() -> None:
     dealing = Dealing(17, 5)
-    order = CaptureOrder(dealing, 4, 2)
+    order = CaptureOrder(dealing, 2)
     for piece in [(0, 0), (1, 2), (1, 3)]:
         batches = [order(number) for number in order.numbers(piece)]
         assert {view for view, _ in batches} == {piece[0]}

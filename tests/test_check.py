@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from distill_cli.capture import open_capture
+from distill_cli.capture import CaptureOrder, open_capture
 from distill_cli.check import Summary, check, check_passed, choose
 from distill_cli.data import open_source
 from distill_cli.distributed import World
@@ -230,6 +230,19 @@ def test_the_first_and_the_last_batch_are_always_chosen(make_plan: Callable) -> 
         assert 4 <= len(chosen) <= 8
     assert choose(generation, 16, 50, 0) != choose(generation, 16, 50, 1)
     assert len(choose(generation, 16, 10**6, 0)) == 3 * (10 * 7 + 1)
+
+
+def test_batches_are_chosen_of_shards_of_any_size(make_plan: Callable) -> None:
+    """Twelve batches a view; where the drawn ones have too few rows, others follow."""
+    plan = make_plan(samples=142, shard_sizes=(1, 100, 1, 40), shard_rows=100, views=3)
+    order = CaptureOrder(plan.dealing, 16)
+    every = [number for piece in plan.every_shard() for number in order.numbers(piece)]
+    assert len(every) == len(set(every)) == 3 * (1 + 7 + 1 + 3)
+    for rows in range(1, 3 * 142, 20):
+        chosen = choose(Generation(0, plan), 16, rows, rows)
+        assert {0, every[-1]} <= set(chosen) <= set(every)
+        assert sum(len(order(number)[1]) for number in chosen) >= rows
+    assert choose(Generation(0, plan), 16, 10**6, 0) == every
 
 
 def test_counts_may_differ_by_what_a_tolerance_moves(make_plan: Callable) -> None:

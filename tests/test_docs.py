@@ -15,6 +15,7 @@ from distill_cli.store.writer import StoreWriter
 
 DOCS = Path(__file__).parents[1] / "docs"
 KINDS = {"fixed": {}, "adaptive": {"keep_mass": 0.8}, "sampled": {"sample": 3}}
+KINDS["over tars"] = {"shard_rows": 60, "shard_sizes": (42, 1, 60)}
 
 
 @pytest.fixture

@@ -223,7 +223,9 @@ def import_tinyvit(
     ] = "auto",
     codec: Codec = None,
     bits: Bits = None,
-    shard_rows: Annotated[int | None, typer.Option("--shard-rows", metavar="N", help="Rows of one file.")] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option("--shard-rows", metavar="N", help="Rows of one file: 16,384, or those of a tar.")
+    ] = None,
     sets: options.Sets = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

@@ -30,7 +30,9 @@ def command(
     codec: Annotated[
         str | None, typer.Option("--codec", metavar="exact|compact", help="How rows are kept: as float16, or small.")
     ] = None,
-    shard_rows: Annotated[int | None, typer.Option("--shard-rows", metavar="N", help="Rows of one file.")] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option("--shard-rows", metavar="N", help="Rows of one file: 16,384, or those of a tar.")
+    ] = None,
     shards: options.Shards = None,
     image_size: options.ImageSize = None,
     batch_size: options.BatchSize = None,

@@ -92,9 +92,9 @@ class TrainingOrder:
 
     With one view a read a pass is an epoch, and epoch e reads view e mod views. With N a pass is N epochs: a sample is
     read once in it and seen by N views in the same step, so that an epoch has as many steps as ever. What does not
-    fill a last batch waits for another pass's shuffle.
+    fill a last batch waits for another pass's shuffle. Of data in tars only so many are open at a time: see `windowed`.
 
-    Paper: Shen and Xing 2022, arXiv:2112.01528, 3.2 (FKD's several crops of an image in one mini-batch).
+    Paper: Shen and Xing 2022, arXiv:2112.01528 (FKD's several crops of an image in one mini-batch).
     """
 
     sample_ids: NDArray[np.int64]
@@ -106,6 +106,10 @@ class TrainingOrder:
     world_size: int = 1
     views_per_read: int = 1
     """N."""
+    tars: tuple[int, ...] = ()
+    """How many of `sample_ids` each tar has, one tar behind the other; none: the samples are in no tars."""
+    window: int = 0
+    """Tars that are open at a time; 0: all."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -128,7 +132,8 @@ class TrainingOrder:
     def __call__(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """(first view, samples)."""
         number, place = divmod(step, self._steps_per_pass)
-        shuffled = _permutation(derive("order", self.seed, number), len(self.sample_ids))
+        seed = derive("order", self.seed, number)
+        shuffled = _permutation(seed, len(self.sample_ids), self.tars, self.window)
         chosen = shuffled[place * self._samples_per_step : (place + 1) * self._samples_per_step]
         first = number * self.views_per_read % self.views
         return first, self.sample_ids[np.array_split(chosen, self.world_size)[self.rank]]
@@ -157,8 +162,29 @@ class ListingOrder:
 
 
 @functools.lru_cache(maxsize=2)
-def _permutation(seed: int, count: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).permutation(count)
+def _permutation(seed: int, count: int, tars: tuple[int, ...], window: int) -> NDArray[np.int64]:
+    drawn = np.random.default_rng(seed)
+    return windowed(drawn, tars, window) if 0 < window < len(tars) else drawn.permutation(count)
+
+
+def windowed(drawn: np.random.Generator, tars: Sequence[int], window: int) -> NDArray[np.int64]:
+    """A shuffle of the samples of some tars in which no more than `window` tars are open at a time.
+
+    The tars are put into a random order; tar j of it, from 0, opens at time j and has closed by time j + window, and
+    each sample is drawn a time in between. So when the first sample of tar j comes, the last one of tar j - window is
+    past, and a window slides from tar to tar, where blocks of tars would be fetched all at once. No time before
+    window - 1 and after len(tars) is drawn, so that the first and last batches are of a whole window too.
+
+    Args:
+        tars: samples of each.
+        window: from 1 to len(tars).
+    """
+    opens = drawn.permutation(len(tars))
+    first, last = np.maximum(opens, window - 1), np.minimum(opens + window, len(tars))
+    times = drawn.random(sum(tars))
+    times *= np.repeat(last - first, tars)
+    times += np.repeat(first, tars)
+    return np.argsort(times, kind="stable")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from distill_cli.data.keys import keys_sha256
 from distill_cli.errors import MismatchError
 from distill_cli.files import sha256
 
-__all__ = ["Source", "UnreadableImage", "check_classes", "fingerprint", "num_classes", "without_labels"]
+__all__ = ["Source", "UnreadableImage", "check_classes", "fingerprint", "num_classes", "parts", "without_labels"]
 
 
 class Source(Protocol):
@@ -59,6 +59,11 @@ class Source(Protocol):
             UnreadableImage: it cannot be read or is no image.
         """
         ...
+
+
+def parts(source: Source) -> tuple[int, ...] | None:
+    """Samples of each tar, where a source is tars one behind the other; None where any order of reading is as good."""
+    return getattr(source, "parts", None)
 
 
 def without_labels(source: Source) -> Source:

@@ -1,7 +1,7 @@
-"""WebDataset tars, local or behind a URL: read at random by each image's place in its tar.
+"""WebDataset tars, local or behind a URL: each image is read by its place in its tar.
 
 A tar is indexed once; the index is kept where listings are. A tar behind a URL is fetched whole into the user's cache,
-and taken to stay what it is.
+and taken to stay what it is. Captures and training read few tars at a time, so that the cache may be small.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from distill_cli.report import Report
 from distill_cli.server import Server
 
 KEPT = 1000
-"""Images from which on the index of a tar is kept."""
+"""Images from which on the index of a local tar is kept; that of one behind a URL always is."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ class TarSource(Readable):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Samples of each tar; none is without."""
+        return tuple(np.bincount(self.tar).tolist())
 
     def content(self, sample_id: int) -> bytes:
         number, size = int(self.tar[sample_id]), int(self.sizes[sample_id])
@@ -164,7 +169,7 @@ def _index(tars: Tars, number: int, cached: bool, count: Count) -> TarIndex:
         with contextlib.suppress(KeyError, ValueError):
             return TarIndex.from_arrays(arrays)
     index = index_tar(tars.path(number), name, count)
-    if cached and len(index) >= KEPT:
+    if cached and ("://" in name or len(index) >= KEPT):
         keep(what, index.arrays())
     return index
 

@@ -26,8 +26,11 @@ class StoreConfig:
     """Views of each sample. Epoch e of a student reads view e mod views."""
     first_view: Natural = 0
     """The number by which the first view is drawn: other than 0 to capture views apart, and merge them."""
-    shard_rows: Positive = 16384
-    """Rows of a shard: what a killed capture can lose, and one file."""
+    order: Literal["dealt", "tars"] | None = None
+    """`dealt`: each shard is a fair sample of the listing; `tars`: a shard for each tar, its samples in order. By
+    default `tars` where the data is tars, unless `shard_rows` is given."""
+    shard_rows: Positive | None = None
+    """Rows of a shard: what a killed capture can lose, and one file; by default 16,384; with `tars`, its tar's."""
     codec: Literal["exact", "compact"] = "exact"
     bits: Bits | None = None
     """Of the codec `compact`."""

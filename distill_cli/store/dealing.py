@@ -1,4 +1,5 @@
-"""How samples are dealt to shards: a fixed permutation that is computed, neither stored nor searched."""
+"""Which sample lies in which shard: dealt by a fixed permutation that is computed, neither stored nor searched; or in
+the order of the listing, a shard for each of its parts. Both kinds answer the same questions."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +22,22 @@ class Dealing:
     samples: int
     shard_rows: int
 
+    @property
+    def shards(self) -> int:
+        return -(-self.samples // self.shard_rows)
+
+    @property
+    def largest(self) -> int:
+        """Places that no shard has more of."""
+        return self.shard_rows
+
     def place(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The place of each sample; `place // shard_rows` is its shard."""
+        """The place of each sample."""
         return self._walk(sample_ids, range(ROUNDS))
+
+    def shard_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shard of each place."""
+        return places // self.shard_rows
 
     def places(self, shard: int) -> range:
         """The places of one shard; its length is the shard's, with no sample to be looked for."""
@@ -71,6 +85,45 @@ class Dealing:
     def _value(self, values: NDArray[np.int64], number: int) -> NDArray[np.int64]:
         # The halves take turns: in even rounds it is the left one that is changed.
         return _scramble(values, number) & (1 << self._widths[number % 2]) - 1
+
+
+@dataclass(frozen=True)
+class Following:
+    """Shards that follow the parts of a listing, such as tars: a sample's place is its id, shard i has part i."""
+
+    sizes: tuple[int, ...]
+    """Samples of each part, at least one."""
+
+    @property
+    def shards(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def largest(self) -> int:
+        """Places that no shard has more of."""
+        return max(self.sizes)
+
+    def place(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The place of each sample."""
+        return sample_ids
+
+    def shard_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shard of each place."""
+        return np.searchsorted(self._ends, places, side="right")
+
+    def places(self, shard: int) -> range:
+        """The places of one shard."""
+        end = int(self._ends[shard])
+        return range(end - self.sizes[shard], end)
+
+    def sample_ids(self, shard: int) -> NDArray[np.int64]:
+        """The samples of one shard, by place."""
+        places = self.places(shard)
+        return np.arange(places.start, places.stop)
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.cumsum(self.sizes, dtype=np.int64)
 
 
 def _scramble(numbers: NDArray[np.int64], number: int) -> NDArray[np.int64]:

@@ -33,6 +33,8 @@ SHOWN = 10
 """Missing shards and classes in the tables."""
 DECODED_ROWS = 8192
 
+ORDERS = {"dealt": "samples dealt to them", "tars": "each the samples of a tar"}
+
 UNKNOWN = ""
 """The sha256 of a shard that no manifest has yet: only a folder is asked for those."""
 
@@ -123,6 +125,9 @@ class Inspection:
     codec: str
     bits: int | None
     shard_rows: int
+    """Of the largest shard."""
+    order: str
+    """Of the samples: `dealt` to shards, or `tars`: a shard for each."""
     precision: str
     top1: float | None
     top5: float | None
@@ -191,6 +196,7 @@ def inspect(place: Place, shards: int = ENDS, report: Report | None = None) -> I
         codec=plan.codec,
         bits=plan.bits,
         shard_rows=plan.shard_rows,
+        order="dealt" if plan.shard_sizes is None else "tars",
         precision=plan.precision,
         top1=_mean([(each.top1, each.rows) for each in counted]),
         top5=_mean([(each.top5, each.rows) for each in counted]),
@@ -261,7 +267,7 @@ def _identity(found: Inspection) -> Iterator[tuple[str, Any]]:
     yield "skipped samples", found.skipped
     yield "bytes", found.bytes
     yield "bytes a row", found.bytes_per_row
-    yield "shards", f"{found.shards:,} of up to {found.shard_rows:,} rows"
+    yield "shards", f"{found.shards:,} of up to {found.shard_rows:,} rows, {ORDERS[found.order]}"
     yield "made from", None if found.lineage is None else _short(found.lineage)
     yield "software", _short(found.software)
     yield "read for what follows", f"{found.rows_read:,} rows of {found.shards_read:,} shards"

@@ -9,14 +9,14 @@ The sha256 of a plan's bytes stands in each of its shards.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 from distill_cli.errors import DamagedError, MismatchError
 from distill_cli.files import canonical_json, sha256
-from distill_cli.store.dealing import Dealing
+from distill_cli.store.dealing import Dealing, Following
 from distill_cli.store.place import Place
 from distill_cli.store.rows import RowFormat
 
@@ -46,6 +46,7 @@ class Plan:
     top_k: int
     """Classes kept of each row: the most probable ones. 0 only where the rest is sampled."""
     shard_rows: int
+    """Rows of a shard, the last may have fewer; with `shard_sizes` those of the largest."""
     seed: int
     precision: str
     first_view: int = 0
@@ -59,6 +60,8 @@ class Plan:
     codec: str = "exact"
     bits: int | None = None
     """Of the codec `compact`."""
+    shard_sizes: Sequence[int] | None = None
+    """Rows of each shard, where shards follow the parts (tars) of the listing; None where samples are dealt."""
     lineage: Mapping[str, Any] | None = None
     """What these rows were made from, where that is not the teacher: `command`, `store` and more."""
     software: Mapping[str, str] = field(default_factory=dict)
@@ -68,8 +71,11 @@ class Plan:
 
     @cached_property
     def text(self) -> str:
-        """The bytes of plan.json."""
-        return canonical_json(asdict(self), indent=2) + "\n"
+        """The bytes of plan.json; `shard_sizes` has come since the first stores, and is left out where it is None."""
+        values = asdict(self)
+        if self.shard_sizes is None:
+            del values["shard_sizes"]
+        return canonical_json(values, indent=2) + "\n"
 
     @cached_property
     def sha256(self) -> str:
@@ -79,7 +85,7 @@ class Plan:
     @property
     def shards(self) -> int:
         """Shards of one view."""
-        return -(-self.samples // self.shard_rows)
+        return self.dealing.shards
 
     @property
     def rows(self) -> int:
@@ -107,8 +113,11 @@ class Plan:
         )
 
     @cached_property
-    def dealing(self) -> Dealing:
-        return Dealing(self.samples, self.shard_rows)
+    def dealing(self) -> Dealing | Following:
+        """Which sample lies in which shard."""
+        if self.shard_sizes is None:
+            return Dealing(self.samples, self.shard_rows)
+        return Following(tuple(self.shard_sizes))
 
     def every_shard(self) -> Iterator[tuple[int, int]]:
         """(view, shard) of all, in order; views from 0."""
@@ -272,6 +281,8 @@ def _check_values(plan: Plan) -> None:
     for name in (*least, "seed", "first_view", "sample"):
         if not is_count(value := getattr(plan, name), least.get(name, 0), 2**63 - 1):
             raise ValueError(f"{name} is {value!r}")
+    if plan.shard_sizes is not None:
+        _check_sizes(plan.shard_sizes, plan)
     if plan.top_k > plan.num_classes or plan.num_classes > 2**31 or plan.form.width > MOST_ENTRIES:
         raise ValueError(f"top_k is {plan.top_k} of {plan.num_classes} classes")
     if plan.keep_mass is not None and not (isinstance(plan.keep_mass, float) and 0 < plan.keep_mass <= 1):
@@ -282,6 +293,17 @@ def _check_values(plan: Plan) -> None:
         raise ValueError(f"codec is {plan.codec!r} with bits {plan.bits!r}")
     if plan.bits is not None and not is_count(plan.bits, 4, 10):
         raise ValueError(f"bits is {plan.bits!r}")
+
+
+def _check_sizes(sizes: object, plan: Plan) -> None:
+    """
+    Raises:
+        ValueError: shards of these sizes do not hold the samples.
+    """
+    if not isinstance(sizes, list) or not all(is_count(size, 1, 2**63 - 1) for size in sizes):
+        raise ValueError("shard_sizes is not a list of counts")
+    if sum(sizes) != plan.samples or max(sizes) != plan.shard_rows:
+        raise ValueError(f"shard_sizes add up to {sum(sizes)} of {plan.samples}, or shard_rows is not the largest")
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -126,14 +126,14 @@ class Store:
         Raises:
             DamagedError: a shard is missing or damaged, or has no row for a sample.
         """
-        plan = self.generation_of(view)[0].plan
+        dealing = self.generation_of(view)[0].plan.dealing
         # The dealing would find a place for any number.
-        if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < plan.samples:
+        if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < self.plan.samples:
             raise self._no_row()
-        places = plan.dealing.place(sample_ids)
+        places = dealing.place(sample_ids)
         order = np.argsort(places, kind="stable")
         places = places[order]
-        shards = places // plan.shard_rows
+        shards = dealing.shard_of(places)
         first = np.flatnonzero(np.diff(shards, prepend=-1))
         parts, taken, mapped = list[Part](), list[Taken](), 0
         for start, stop in itertools.pairwise([*first.tolist(), len(places)]):
@@ -143,7 +143,7 @@ class Store:
                 # A part keeps its shard mapped, whatever this store lets go of.
                 taken.append(self._take(view, parts))
                 parts, mapped = [], 0
-            parts.append(self._part(view, number, places[start:stop] - number * plan.shard_rows))
+            parts.append(self._part(view, number, places[start:stop] - dealing.places(number).start))
             mapped += size
         taken.append(self._take(view, parts))
         back = np.empty_like(order)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batch, Batches, ListingOrder, Order, TrainingOrder, load
+from distill_cli.data.loader import Batch, Batches, ListingOrder, Order, TrainingOrder, load, windowed
 from distill_cli.data.sources import Source, UnreadableImage, without_labels
 from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
 from distill_cli.errors import DistillError
@@ -93,6 +93,75 @@ def test_slices_of_the_ranks_are_the_global_batch(count: int, batch_size: int, s
 
     assert np.array_equal(np.concatenate([batch(rank, ranks) for rank in range(ranks)]), batch(0, 1))
     assert len(batch(0, 1)) == TrainingOrder(np.arange(count), batch_size, 0, 1).images_per_step
+
+
+TARS = st.lists(st.integers(0, 30), min_size=2, max_size=25).filter(any).map(tuple)
+WINDOWS = st.integers(1, 30)
+
+
+def _in_tars(tars: tuple[int, ...], window: int, batch_size: int = 1, **where: int) -> TrainingOrder:
+    return TrainingOrder(np.arange(sum(tars)) * 3, batch_size, seed=0, views=1, tars=tars, window=window, **where)
+
+
+@given(TARS, WINDOWS, SIZES, st.integers(0, 5))
+def test_an_epoch_over_tars_has_each_sample_once(tars: tuple[int, ...], window: int, size: int, epoch: int) -> None:
+    seen, ids = _epoch(_in_tars(tars, window, size), epoch).tolist(), (np.arange(sum(tars)) * 3).tolist()
+    assert len(set(seen)) == len(seen) == len(ids) - (len(ids) % size if len(ids) >= size else 0)
+    assert set(seen) <= set(ids)
+
+
+@given(TARS, WINDOWS, st.integers(0, 5))
+def test_only_a_window_of_tars_is_open_at_a_time(tars: tuple[int, ...], window: int, epoch: int) -> None:
+    tar = np.repeat(np.arange(len(tars)), tars)[_epoch(_in_tars(tars, window), epoch) // 3]
+    first, last = ({n: int(np.flatnonzero(tar == n)[end]) for n in set(tar.tolist())} for end in (0, -1))
+    for place in range(len(tar)):
+        assert sum(first[n] <= place <= last[n] for n in first) <= window
+
+
+@given(TARS, st.integers(1, 25))
+def test_no_tar_is_needed_again_by_a_cache_of_two_windows(tars: tuple[int, ...], window: int) -> None:
+    """The least recently used goes first, as in the cache of fetched tars."""
+    tar = np.repeat(np.arange(len(tars)), tars)[_epoch(_in_tars(tars, window), 0) // 3].tolist()
+    kept, fetched = list[int](), list[int]()
+    for number in tar:
+        if number in kept:
+            kept.remove(number)
+        else:
+            fetched.append(number)
+        kept = [*kept, number][-2 * window :]
+    assert len(fetched) == len(set(fetched))
+
+
+@given(TARS, WINDOWS, SIZES, st.integers(0, 400), st.integers(1, 3))
+def test_ranks_slice_the_batches_over_tars(
+    tars: tuple[int, ...], window: int, size: int, step: int, ranks: int
+) -> None:
+    parts = [_in_tars(tars, window, size, rank=rank, world_size=ranks)(step)[1] for rank in range(ranks)]
+    assert np.array_equal(np.concatenate(parts), _in_tars(tars, window, size)(step)[1])
+
+
+def test_the_order_over_tars_is_a_function_of_seed_and_epoch() -> None:
+    order = _in_tars((9,) * 12, 3, 7)
+    assert np.array_equal(_epoch(order, 3), _epoch(_in_tars((9,) * 12, 3, 7), 3))
+    assert not np.array_equal(_epoch(order, 3), _epoch(order, 4))
+    assert not np.array_equal(_epoch(order, 3), _epoch(TrainingOrder(order.sample_ids, 7, 1, 1, tars=order.tars), 3))
+
+
+@pytest.mark.parametrize("window", [0, 12, 50])
+def test_a_window_of_all_tars_is_a_shuffle_of_all_samples(window: int) -> None:
+    plain = TrainingOrder(np.arange(108), 7, seed=0, views=1)
+    assert np.array_equal(_epoch(plain, 2) * 3, _epoch(_in_tars((9,) * 12, window, 7), 2))
+
+
+def test_a_batch_over_tars_is_of_the_whole_window() -> None:
+    """Also the first and the last of an epoch: no tar has more than a third of them."""
+    tars, window = (1000,) * 50, 16
+    tar = windowed(np.random.default_rng(0), tars, window) // 1000
+    for start in (0, 25_000, 49_000):
+        counts = np.bincount(tar[start : start + 1000], minlength=50)
+        assert (counts > 0).sum() >= window
+        assert counts.max() < 350
+    assert len(set(tar[:100].tolist())) > 8
 
 
 @given(st.integers(1, 4), st.integers(0, 100))

@@ -1,15 +1,14 @@
-import functools
-import http.server
 import io
 import json
 import os
 import tarfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from served import served
+from served import write_tar as _write
 
 from distill_cli import server
 from distill_cli.data import open_source, tars, webdataset
@@ -25,17 +24,6 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _write(path: Path, members: dict[str, bytes | str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            content = content.encode() if isinstance(content, str) else content
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def _open(pattern: str | Path, split: str = "train", **config: object) -> TarSource:
@@ -315,23 +303,8 @@ def test_a_tar_is_indexed_once_and_again_when_it_changes(shards: Path, indexed: 
 @pytest.fixture
 def url(shards: Path, indexed: list[str]) -> Iterator[tuple[str, list[str]]]:
     """The three tars behind a server, and what was asked of it."""
-    asked: list[str] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            super().do_GET()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=str(shards))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        thread = threading.Thread(target=served.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{served.server_port}", asked
-        served.shutdown()
-        thread.join()
+    with served(shards) as found:
+        yield found
 
 
 def test_tars_behind_a_url_are_fetched_whole_and_once(url: tuple[str, list[str]], shards: Path) -> None:
@@ -349,6 +322,16 @@ def test_fetched_tars_are_bounded_and_fetched_again(url: tuple[str, list[str]], 
     assert len(list(source.tars.cache.folder.glob("*.tar"))) == 1
     assert {source.read(n).size for n in range(12)} == {(28, 28)}
     assert len(url[1]) > 3
+
+
+def test_the_index_of_a_tar_behind_a_url_is_kept_whatever_its_size(
+    url: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each start would fetch every tar that the cache has let go of."""
+    monkeypatch.setattr(webdataset, "KEPT", 1000)
+    for _ in range(2):
+        _open(f"{url[0]}/x-{{000000..000002}}.tar", cache_gb=1e-9)
+    assert len(url[1]) == 3
 
 
 def test_a_tar_that_no_server_has_is_named(url: tuple[str, list[str]]) -> None:

@@ -4,18 +4,21 @@ from pathlib import Path
 
 import pytest
 from commands import run_json
+from served import write_tar
 
 from distill_cli.shipped import recipes
 
 pytestmark = pytest.mark.slow
 
 TINYVIT = "student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}"
+SMALL_DEIT = ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=7")
 SMALL = {
     "tinyvit-21m-in1k": (TINYVIT,),
     "tinyvit-21m-in22k": (TINYVIT, "teacher.num_classes=10"),
     "tinyvit-21m-in22k-to-in1k": (TINYVIT,),
     "tinyvit-21m-384": (TINYVIT,),
-    "deit-small-in1k": ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=7"),
+    "deit-small-in1k": SMALL_DEIT,
+    "deit-small-in1k-wds": SMALL_DEIT,
     "quickstart-teacher": (),
     "quickstart-student": (),
 }
@@ -38,10 +41,24 @@ def begun(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def in_tars(folder, root):
+    """The images in tars named as the recipe has them, but fewer: `--data`, and `--set` for those to validate on."""
+    for split, name, count in (("train", "imagenet1k-train-000{}.tar", 3), ("val", "imagenet1k-validation-0{}.tar", 2)):
+        files = sorted((folder / split).glob("*/*"))
+        for number in range(count):
+            members = {}
+            for file in files[number::count]:
+                members |= {file.name: file.read_bytes(), f"{file.stem}.cls": file.parent.name}
+            write_tar(root / name.format(number), members)
+    val = f"data.val=wds:{root}/imagenet1k-validation-{{00..01}}.tar"
+    return f"wds:{root}/imagenet1k-train-{{0000..0002}}.tar", "--set", val
+
+
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_recipe(name, teacher, begun, folder, tmp_path):
     sets = [word for text in SMALL[name] for word in ("--set", text)]
-    common = ("--recipe", name, "--data", folder, "--image-size", "28", "--workers", "0", *sets)
+    data = in_tars(folder, tmp_path / "tars") if name.endswith("-wds") else (folder,)
+    common = ("--recipe", name, "--data", *data, "--image-size", "28", "--workers", "0", *sets)
     rest = ()
     if name in FINE_TUNING:
         (tmp_path / "map.txt").write_text("9 8 7 6 5 4 3 2 -1 0")

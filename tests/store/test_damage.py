@@ -34,7 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan, make_ro
     """A store of three generations: fixed, ragged, and by the other codec; not to be written to."""
     path = tmp_path_factory.mktemp("damage") / "store"
     path.mkdir()
-    kinds = ({}, {"keep_mass": 0.9}, {"codec": "compact", "bits": 8})
+    kinds = ({}, {"keep_mass": 0.9, "shard_sizes": (3, 1, 6), "shard_rows": 6}, {"codec": "compact", "bits": 8})
     for number, kind in enumerate(kinds):
         generation = Generation(number, make_plan(first_view=number, **kind), number)
         writer = StoreWriter(path, generation, np.arange(10) % 5)
@@ -186,6 +186,9 @@ def test_a_whole_store_is_read_within_the_limits(whole: Path) -> None:
     [
         ({"samples": 10**18, "shard_rows": 10**18}, 1, "missing"),
         ({"samples": 10**18, "shard_rows": 1}, 1, "does not list the shards of the plan"),
+        ({"samples": 10**18, "shard_rows": 10**18, "shard_sizes": (10**18,)}, 1, "missing"),
+        ({"samples": 2**36, "shard_rows": 2**36, "shard_sizes": (2**36,)}, 1, "missing"),
+        ({"samples": 2**62, "shard_rows": 2**61, "shard_sizes": (2**61, 2**61)}, 1, "does not list the shards"),
         ({"views": 2**60}, 3, "does not list the shards of the plan"),
         ({"views": 2**60, "samples": 10**18}, 0, "does not list the shards of the plan"),
         ({"samples": 2**36, "shard_rows": 2**36}, 1, "missing"),
@@ -193,7 +196,7 @@ def test_a_whole_store_is_read_within_the_limits(whole: Path) -> None:
     ],
 )
 def test_absurd_numbers_are_one_error_and_no_memory(
-    tmp_path: Path, make_plan: MakePlan, changes: dict[str, int], entries: int, said: str
+    tmp_path: Path, make_plan: MakePlan, changes: dict[str, object], entries: int, said: str
 ) -> None:
     plan = make_plan(**changes)
     rows = [min(plan.shard_rows, plan.samples - plan.shard_rows * number) for number in range(entries)]

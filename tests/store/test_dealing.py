@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill_cli.store.dealing import Dealing
+from distill_cli.store.dealing import Dealing, Following
 
 
 @given(st.integers(1, 3000), st.integers(1, 4000))
@@ -12,6 +12,30 @@ def test_dealing_gives_each_sample_one_place(samples: int, shard_rows: int) -> N
     dealt = np.concatenate([dealing.sample_ids(shard) for shard in range(-(-samples // shard_rows))])
     assert np.array_equal(np.sort(dealt), np.arange(samples))
     assert np.array_equal(dealing.place(dealt), np.arange(samples))
+
+
+SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=20)
+
+
+@given(
+    st.one_of(st.builds(Dealing, st.integers(1, 3000), st.integers(1, 4000)), st.builds(Following, SIZES.map(tuple)))
+)
+def test_shards_are_the_runs_of_places(dealing: Dealing | Following) -> None:
+    places = [dealing.places(shard) for shard in range(dealing.shards)]
+    assert [place for shard in places for place in shard] == list(range(places[-1].stop))
+    assert max(map(len, places)) == min(dealing.largest, places[-1].stop)
+    for shard, each in enumerate(places):
+        ids = dealing.sample_ids(shard)
+        assert dealing.place(ids).tolist() == list(each)
+        assert set(dealing.shard_of(np.array(each)).tolist()) == {shard}
+
+
+@given(SIZES)
+def test_shards_that_follow_have_the_samples_in_their_order(sizes: list[int]) -> None:
+    following = Following(tuple(sizes))
+    dealt = [following.sample_ids(shard).tolist() for shard in range(following.shards)]
+    assert [len(ids) for ids in dealt] == sizes
+    assert [sample for ids in dealt for sample in ids] == list(range(sum(sizes)))
 
 
 @given(st.integers(2**31, 2**32), st.integers(0, 1000))

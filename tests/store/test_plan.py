@@ -43,6 +43,20 @@ def test_a_plan_counts_its_shards_and_rows(make_plan: MakePlan) -> None:
     assert list(plan.every_shard()) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
+def test_a_plan_of_dealt_samples_has_the_bytes_that_it_had_before_shards_could_follow_tars(make_plan: MakePlan) -> None:
+    assert make_plan().sha256 == "cf810ab443af0a90776af9b6e0e6928b552577a7fa45a13027eac5a83f2a84e4"
+    assert "shard_sizes" not in make_plan().text
+
+
+def test_a_plan_of_shards_that_follow_tars_reads_back(tmp_path: Path, make_plan: MakePlan) -> None:
+    plan = make_plan(shard_sizes=(3, 1, 6), shard_rows=6)
+    write_atomic(tmp_path / "plan.json", plan.text)
+    found = read_plan(Folder(tmp_path))
+    assert (found.sha256, found.shards, found.rows) == (plan.sha256, 3, 10)
+    assert found.differences(plan) == []
+    assert make_plan(shard_rows=6).differences(plan) == ["shard_sizes: None, (3, 1, 6)"]
+
+
 def test_differences_name_the_inner_field_and_both_values(make_plan: MakePlan) -> None:
     other = make_plan(software={"torch": "2.8.0"}, transform={"image_size": 32, "mean": (0.5, 0.5, 0.5)})
     assert make_plan().differences(other) == ["software.torch: 2.7.0, 2.8.0"]
@@ -109,6 +123,10 @@ TEACHER = {"name": "vit", "num_classes": 5, "classes": None}
         {"data": {"keys_sha256": 1, "labels_sha256": None}}, {"transform": None}, {"top_k": 0}, {"top_k": 6},
         {"keep_mass": 0.0}, {"keep_mass": 1}, {"keep_mass": 0.5, "sample": 3}, {"codec": "zip"}, {"bits": 8},
         {"codec": "compact"}, {"codec": "compact", "bits": 99},
+        {"shard_sizes": []}, {"shard_sizes": 10}, {"shard_sizes": [4, 4]}, {"shard_sizes": [4, 4, 3]},
+        {"shard_sizes": [4, 0, 4, 2]}, {"shard_sizes": [4, -4, 4, 4, 2]}, {"shard_sizes": [4, 4, 2.0]},
+        {"shard_sizes": [4, 4, True, True]}, {"shard_sizes": [5, 5]}, {"shard_sizes": [[4], 4, 2]},
+        {"shard_sizes": "4"}, {"shard_sizes": {"4": 4}}, {"shard_sizes": [2**63, 10 - 2**63]},
         {"top_k": 70_000, "teacher": {**TEACHER, "num_classes": 10**5}},
     ],
 )  # fmt: skip

@@ -165,6 +165,22 @@ def test_the_manifest_counts_the_teachers_hits(tmp_path: Path, make_plan: MakePl
     assert (manifest.rows, manifest.bytes) == (4, (tmp_path / manifest.shards[0].path).stat().st_size)
 
 
+@pytest.mark.parametrize("codec", [{}, {"codec": "compact", "bits": 8}])
+def test_tars_of_one_sample_and_of_a_hundred_thousand_are_shards(
+    tmp_path: Path, make_plan: MakePlan, codec: dict[str, object]
+) -> None:
+    sizes = (1, 100_000, 1)
+    plan = make_plan(samples=sum(sizes), shard_sizes=sizes, shard_rows=100_000, top_k=1, **codec)
+    writer = StoreWriter(tmp_path, plan)
+    for shard, size in enumerate(sizes):
+        ids = plan.dealing.sample_ids(shard)
+        rows = Rows(ids, (ids % 5)[:, None], np.full((size, 1), -0.1), np.full(size, np.log1p(-np.exp(-0.1))))
+        writer.write(0, shard, rows, PROBE[:size])
+    assert [entry.rows for entry in writer.finish().shards] == [1, 100_000, 1]
+    wanted = np.array([100_001, 0, 1, 54_321, 100_000])
+    assert Store(tmp_path).rows(0, wanted).class_id[:, 0].tolist() == (wanted % 5).tolist()
+
+
 def test_without_labels_the_manifest_claims_no_accuracy(store: Path, make_plan: MakePlan) -> None:
     manifest = _manifest(store, make_plan())
     assert (manifest.top1, manifest.top5) == (None, None)
