@@ -22,6 +22,7 @@ from torch import Tensor
 from distill_cli.data import open_train
 from distill_cli.data.images import printable
 from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.mixing import DrawnPartners, capture_partners, together
 from distill_cli.data.sources import Source, check_classes, fingerprint
 from distill_cli.data.views import DEFAULTS, View, resolve_view, train_transform
 from distill_cli.distributed import Signals, World, stopped
@@ -34,7 +35,7 @@ from distill_cli.software import versions
 from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, sampling_uniforms, top_k
 from distill_cli.store.dealing import Dealing
 from distill_cli.store.plan import PROBES, Plan
-from distill_cli.store.rows import Rows
+from distill_cli.store.rows import Rows, at
 from distill_cli.store.writer import StoreWriter
 from distill_cli.students.build import check_forward
 from distill_cli.teachers import Frozen, load_frozen
@@ -113,12 +114,23 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
 @dataclass(frozen=True)
 class CaptureOrder:
     """Batch number -> (view, sample ids), shard after shard; a batch never crosses shards, so that what is in a shard
-    does not depend on which others were missing."""
+    does not depend on which others were missing.
+
+    Samples that are mixed lie in one batch, whose size is then rounded to an even one, at least 2: a batch knows all
+    that can be known of a pair, whether both can be read.
+    """
 
     dealing: Dealing
     shards: int
     """Of a view."""
     batch_size: int
+    partners: DrawnPartners | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, view: View, batch_size: int) -> "CaptureOrder":
+        partners = capture_partners(plan, view)
+        even = max(2, batch_size - batch_size % 2)
+        return cls(plan.dealing, plan.shards, batch_size if partners is None else even, partners)
 
     def batches(self, piece: Piece) -> int:
         return -(-len(self.dealing.places(piece[1])) // self.batch_size)
@@ -131,7 +143,8 @@ class CaptureOrder:
     def __call__(self, number: int) -> tuple[int, NDArray[np.int64]]:
         index, batch = divmod(number, self._stride)
         view, shard = divmod(index, self.shards)
-        return view, _ids_of(self.dealing, shard)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        ids = _ids_of(self.dealing, shard) if self.partners is None else _pairs_of(self.partners, view, shard)
+        return view, ids[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     @property
     def _stride(self) -> int:
@@ -141,6 +154,12 @@ class CaptureOrder:
 @functools.lru_cache(maxsize=2)
 def _ids_of(dealing: Dealing, shard: int) -> NDArray[np.int64]:
     return dealing.sample_ids(shard)
+
+
+@functools.lru_cache(maxsize=2)
+def _pairs_of(partners: DrawnPartners, view: int, shard: int) -> NDArray[np.int64]:
+    ids = partners.dealing.sample_ids(shard)
+    return together(ids, partners(view, ids))
 
 
 def fill(
@@ -189,7 +208,7 @@ def _pass(
 ) -> set[Piece]:
     """Compute all shards that can be claimed; gives those."""
     plan, mine = capture.plan, set[Piece]()
-    order = CaptureOrder(plan.dealing, plan.shards, capture.recipe.store.batch_size)
+    order = CaptureOrder.of(plan, capture.view, capture.recipe.store.batch_size)
     begun: deque[Piece] = deque()
     claimed = _claimed(plan, missing, claims, sink.writer, begun)
     first = next(claimed, None)
@@ -239,7 +258,8 @@ def batches_of(capture: Capture, order: CaptureOrder, numbers: Iterator[int], wo
         order,
         drawn=capture.plan.drawn,
         skip_unreadable=capture.recipe.data.skip_unreadable,
-        probes=PROBES,
+        partners=capture_partners(capture.plan, capture.view),
+        probes=capture.plan.dealing,
     )
     return load(batches, numbers, world.workers, world.device)
 
@@ -251,6 +271,8 @@ class Taught:
     rows: SparseLogits
     finite: Tensor
     """bool `[batch]`."""
+    labels: Tensor
+    """int64 `[batch]`: by which the teacher is right or not; of a mixed image that of the larger share."""
     batch: Batch
     """Of which they are; without its images."""
     copied: torch.cuda.Event | None
@@ -265,14 +287,14 @@ def teach(capture: Capture, batch: Batch, world: World) -> Taught:
     if len(batch):
         logits = logits_of(capture, batch, world)
     rows, finite = rows_of(plan, logits, batch), logits.isfinite().all(dim=-1)
-    rest = replace(batch, images=torch.empty(0))
+    rest, labels = replace(batch, images=torch.empty(0)), batch.larger_labels
     if world.device.type == "cpu":
-        return Taught(rows, finite, rest, copied=None)
+        return Taught(rows, finite, labels, rest, copied=None)
     parts = (rows.class_id, rows.log_prob, rows.log_tail, rows.count)
     rows = SparseLogits(*(None if part is None else _to_host(part) for part in parts))  # type: ignore[arg-type]
-    finite, copied = _to_host(finite), torch.cuda.Event()
+    finite, labels, copied = _to_host(finite), _to_host(labels), torch.cuda.Event()
     copied.record()
-    return Taught(rows, finite, rest, copied)
+    return Taught(rows, finite, labels, rest, copied)
 
 
 def logits_of(capture: Capture, batch: Batch, world: World) -> Tensor:
@@ -369,10 +391,14 @@ class _Sink:
         return taught
 
     def _write(self, piece: Piece, parts: Sequence[Taught]) -> None:
-        rows = join(parts, self.capture.plan)
-        probes = [crc for taught in parts for crc in taught.batch.probe_crc][:PROBES]
-        self.writer.write(*piece, rows, np.array(probes, np.uint32))
-        self.claims.release(number_of(self.capture.plan, piece))
+        plan = self.capture.plan
+        rows = join(parts, plan)
+        by_place = np.argsort(plan.dealing.place(rows.sample_id))
+        rows, labels = at(rows, by_place), np.concatenate([taught.labels.numpy() for taught in parts])[by_place]
+        crc = {sample_id: crc for taught in parts for sample_id, crc in taught.batch.probe_crc.items()}
+        probes = [crc[sample_id] for sample_id in rows.sample_id[:PROBES].tolist()]
+        self.writer.write(*piece, rows, np.array(probes, np.uint32), self.writer.hits(rows, labels))
+        self.claims.release(number_of(plan, piece))
         self.rows += len(rows)
 
 

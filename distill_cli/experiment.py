@@ -11,6 +11,7 @@ import torch
 from distill_cli.data import open_train, open_val
 from distill_cli.data.crops import evaluated
 from distill_cli.data.loader import TrainingOrder
+from distill_cli.data.mixing import SHARD_ROWS, DrawnPartners, Partners
 from distill_cli.data.sources import Source, check_classes, fingerprint, num_classes
 from distill_cli.data.views import (
     DEFAULTS,
@@ -30,10 +31,11 @@ from distill_cli.objectives import Objective, build
 from distill_cli.optim import default_lr
 from distill_cli.recipe import Recipe, update
 from distill_cli.recipe import fingerprint as recipe_fingerprint
-from distill_cli.replay import check_data
+from distill_cli.replay import check_data, stored_partners
 from distill_cli.report import Report
 from distill_cli.software import versions
 from distill_cli.store import open_store
+from distill_cli.store.dealing import Dealing
 from distill_cli.store.reader import Store
 from distill_cli.students.build import check_forward, constructor_arguments, create, input_config, timm_name
 from distill_cli.students.weights import Card
@@ -144,12 +146,12 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     view = _view(recipe, taught, input_config(student, size), size)
     _say_input(view, taught, report)
     check_forward(student, recipe.student.name, view.image_size)
-    order = _order(recipe, source, store, world)
+    order = _order(recipe, source, store, view, world)
     settled, origins = _settle(recipe, store, view, order, classes)
     assert settled.objective is not None
     objective = build(settled.objective, student).to(world.device)
     _check_needs(objective, settled, source, store)
-    _warn(recipe, source, val, store, report)
+    _warn(recipe, source, val, store, view, report)
     return Experiment(settled, origins, source, val, store, view, taught, objective, order, classes, arguments)
 
 
@@ -196,8 +198,13 @@ def _settle(
     return settled, {path: origin for path, (origin, _) in decided.items()}
 
 
-def _warn(recipe: Recipe, source: Source, val: Source | None, store: Store | None, report: Report) -> None:
-    batch_size = recipe.train.batch_size
+def _warn(recipe: Recipe, source: Source, val: Source | None, store: Store | None, view: View, report: Report) -> None:
+    batch_size, views = recipe.train.batch_size, recipe.train.views_per_read
+    if view.mixes and views > 1:
+        report.warn(
+            f"--views-per-read {views}: each view mixes a sample with another one, which is decoded in addition: "
+            "nothing is saved beside data.mixup and data.cutmix"
+        )
     if len(source) < batch_size:
         report.warn(f"--batch-size {batch_size}: is more than the {len(source)} images; an epoch is one batch of all")
     if store is not None and store.unfinished_views:
@@ -234,7 +241,7 @@ def _image_size(recipe: Recipe, store: Store | None) -> int | None:
     return read_view(store.plan.transform, f"store {store}").image_size
 
 
-def _order(recipe: Recipe, source: Source, store: Store | None, world: World) -> TrainingOrder:
+def _order(recipe: Recipe, source: Source, store: Store | None, view: View, world: World) -> TrainingOrder:
     config = recipe.train
     views = config.views_per_read
     if config.batch_size % (views * world.size):
@@ -252,7 +259,15 @@ def _order(recipe: Recipe, source: Source, store: Store | None, world: World) ->
         rank=world.rank,
         world_size=world.size,
         views_per_read=views,
+        partners=_partners(recipe, source, store, view),
     )
+
+
+def _partners(recipe: Recipe, source: Source, store: Store | None, view: View) -> Partners | None:
+    """With whom each sample is mixed: as in the store, else drawn by (`train.seed`, epoch)."""
+    if store is not None:
+        return stored_partners(store, view)
+    return DrawnPartners(Dealing(len(source), SHARD_ROWS), recipe.train.seed) if view.mixes else None
 
 
 def _check_needs(objective: Objective, recipe: Recipe, source: Source, store: Store | None) -> None:
