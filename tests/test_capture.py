@@ -160,9 +160,8 @@ def make_sink(make_capture: Callable[..., Capture], tmp_path: Path) -> Sinks:
 
 def _taught(finite: bool = True) -> Taught:
     rows = top_k(torch.zeros(4, 3), 2)
-    return Taught(
-        rows, torch.full((4,), finite), torch.zeros(4), Batch(torch.empty(0), torch.zeros(4), np.arange(4), (0,)), None
-    )
+    batch = Batch(torch.empty(0), torch.zeros(4), np.arange(4), (0,), probe_crc=dict.fromkeys(range(4), 0))
+    return Taught(rows, torch.full((4,), finite), batch.labels, batch, None)
 
 
 def _hand_over(sink: _Sink, *parts: Taught | None, after: Callable[[], object] = lambda: None) -> None:

@@ -99,7 +99,7 @@ class Mix:
     """CutMix: top, bottom, left, right of what is the partner's, in pixels; None is Mixup, of all pixels."""
 
     def checksum(self, crc: int) -> int:
-        """The CRC-32 of an image, continued over partner (uint64), lambda (float32) and box (four int32, 0 in Mixup)."""
+        """An image's CRC-32, continued over partner (uint64), lambda (float32) and box (four int32, 0 for Mixup)."""
         return zlib.crc32(struct.pack("<Qf4i", self.partner, self.lam, *(self.box or (0, 0, 0, 0))), crc)
 
 
