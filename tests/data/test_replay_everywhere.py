@@ -1,7 +1,7 @@
 """However the work is cut up, a (view, sample) has the same pixels and the same targets, bit for bit."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from distill_cli.data import loader
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.loader import Batch, Batches, ListingOrder, Order, TrainingOrder, load
 from distill_cli.data.mixing import Partners
@@ -38,6 +39,14 @@ RECIPES = {
 Target = tuple[bytes, ...]
 """Pixels, label, the teacher's row, and the partner's label and lambda, as bytes."""
 recipes = st.sampled_from(sorted(RECIPES))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_ahead() -> Iterator[None]:
+    """Each loader process would read the rows of hundreds of epochs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "ROWS_AHEAD", 64)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +132,7 @@ def test_recipes_that_mix_are_among_them(held: _Held, store: Store) -> None:
     assert store.sample_ids.tolist() == [i for i in range(SAMPLES) if i not in (4, 9)]
 
 
-@settings(max_examples=16, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=24, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     recipe=recipes,
     batch_size=st.integers(1, SAMPLES + 2),
@@ -162,7 +171,7 @@ def test_training(
     assert len(seen) == steps * orders[0].images_per_step
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     recipe=recipes,
     batch_size=st.integers(1, SAMPLES + 2),
