@@ -234,10 +234,6 @@ class Batches(Dataset["Loaded | DistillError"]):
     _ahead: dict[int, SparseLogits] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Rows of this process's next batches, by number."""
 
-    def __post_init__(self) -> None:
-        mixes = self.transform is not None and self.transform.mixing is not None
-        assert mixes == (self.partners is not None), "a transform that mixes needs partners, and no other has them"
-
     def __getitem__(self, number: int) -> Loaded | DistillError:
         try:
             return self.draw(number)
@@ -254,6 +250,7 @@ class Batches(Dataset["Loaded | DistillError"]):
         Raises:
             UnreadableImage: an image, or the partner of one, cannot be decoded, and is not to be skipped.
         """
+        assert (self.transform.mixing is None) == (self.partners is None), "only what mixes needs partners"
         first, wanted = self.order(number)
         views = self._views(first)
         teacher = self._teacher(number, len(wanted)) if self.rows else None
@@ -290,9 +287,8 @@ class Batches(Dataset["Loaded | DistillError"]):
 
     def _mixes(self, view: int, wanted: NDArray[np.int64]) -> dict[int, Mix]:
         """What is mixed into those of some samples that are mixed with another."""
-        if self.partners is None:
+        if self.partners is None or self.transform.mixing is None:
             return {}
-        assert self.transform.mixing is not None
         seed, drawn = self._drawn(view)
         pairs = zip(wanted.tolist(), self.partners(view, wanted).tolist(), strict=True)
         mixes = {sample_id: self.transform.mixing(seed, drawn, sample_id, partner) for sample_id, partner in pairs}

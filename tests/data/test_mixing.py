@@ -1,5 +1,6 @@
 """Mixup and CutMix: who is mixed with whom, what is drawn, and the arithmetic, which is timm's."""
 
+import hashlib
 import struct
 import zlib
 from collections.abc import Callable
@@ -183,6 +184,58 @@ def test_the_draws_of_the_format_s_example() -> None:
             assert Mixing(view, 224)(0, 0, own, partner) == Mix(partner, other, box)
 
 
+def _pairs_by_the_format(seed: int, view: int, length: int) -> set[frozenset[int]]:
+    """Section 8 of docs/store-format.md in plain integers."""
+    digest = hashlib.blake2b(struct.pack("<2Q", seed, view), digest_size=8, person=b"pair").digest()
+    first = int.from_bytes(digest, "little") >> 1
+
+    def scrambled(value: int) -> int:
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+        return value ^ value >> 31
+
+    places = sorted(range(length), key=lambda i: scrambled((first + (i + 1) * 0x9E3779B97F4A7C15) % 2**64))
+    return {frozenset(places[i : i + 2]) for i in range(0, length - 1, 2)}
+
+
+def _mix_by_the_format(seed: int, view: int, smaller: int, size: int, fields: View) -> tuple[float, object] | None:
+    digest = hashlib.blake2b(struct.pack("<3Q", seed, view, smaller), digest_size=8, person=b"mix").digest()
+    rng = np.random.RandomState((int.from_bytes(digest, "little") >> 1) % 2**32)
+    u = rng.rand(1) if fields.mixup and fields.cutmix else None
+    cutmix = rng.beta(fields.cutmix, fields.cutmix, 1) if fields.cutmix else None
+    mixup = rng.beta(fields.mixup, fields.mixup, 1) if fields.mixup else None
+    cut = u < fields.mixup_switch_prob if u is not None else fields.cutmix > 0
+    chosen = cutmix if cut else mixup
+    assert chosen is not None
+    lam = np.float32(chosen[0])
+    if not rng.rand(1) < fields.mixup_prob or lam == 1:
+        return None
+    if not cut:
+        return float(lam), None
+    side = int(np.float32(size) * np.sqrt(np.float32(1) - lam))
+    y, x = rng.randint(0, size), rng.randint(0, size)
+    box = tuple(edge for middle in (y, x) for edge in (max(0, middle - side // 2), min(size, middle + (side + 1) // 2)))
+    left = np.float32(1 - (box[1] - box[0]) * (box[3] - box[2]) / size**2)
+    return None if left == 1 else (float(left), box)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_program_can_replay_what_is_mixed(kind: str) -> None:
+    view = _view(**KINDS[kind])
+    with preserved():
+        for sample_id in range(200):
+            mix = Mixing(view, 24)(SEED, VIEW, sample_id, sample_id + 1)
+            assert (mix and (mix.lam, mix.box)) == _mix_by_the_format(SEED, VIEW, sample_id, 24, view)
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 1000), st.integers(1, 60))
+def test_another_program_can_find_the_pairs(seed: int, view: int, length: int) -> None:
+    dealing = Dealing(length, 60)
+    found = partners(dealing, seed, view, dealing.at(np.arange(length)))
+    places = enumerate(np.where(found < 0, -1, dealing.place(np.maximum(found, 0))).tolist())
+    assert {frozenset(pair) for pair in places if pair[1] >= 0} == _pairs_by_the_format(seed, view, length)
+
+
 def test_the_checksum_goes_on_over_partner_lambda_and_box() -> None:
     crc = zlib.crc32(b"pixels")
     assert Mix(5, 0.25).checksum(crc) == zlib.crc32(b"pixels" + struct.pack("<Qf4i", 5, 0.25, 0, 0, 0, 0))
@@ -315,8 +368,8 @@ def test_both_of_a_pair_that_cannot_be_read_are_counted_once_each(source: ArrayS
 
 
 def test_a_transform_that_mixes_does_not_go_without_partners(source: ArraySource) -> None:
-    with pytest.raises(AssertionError, match="needs partners"):
-        Batches(source, train_transform(MIXED), ListingOrder(np.arange(18), 6))
+    with pytest.raises(AssertionError, match="only what mixes needs partners"):
+        Batches(source, train_transform(MIXED), ListingOrder(np.arange(18), 6)).load(0)
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 3), st.integers(0, 20), st.booleans())
