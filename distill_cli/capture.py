@@ -116,8 +116,8 @@ class CaptureOrder:
     """Batch number -> (view, sample ids), shard after shard; a batch never crosses shards, so that what is in a shard
     does not depend on which others were missing.
 
-    Samples that are mixed lie in one batch, whose size is then rounded to an even one, at least 2: a batch knows all
-    that can be known of a pair, whether both can be read.
+    Two samples that are mixed lie in one batch, so that it is decided once whether both can be read; batches then have
+    an even size.
     """
 
     dealing: Dealing
@@ -128,6 +128,7 @@ class CaptureOrder:
 
     @classmethod
     def of(cls, plan: Plan, view: View, batch_size: int) -> "CaptureOrder":
+        """The order of a plan; where its view mixes, an odd batch size is taken as the even one below, at least 2."""
         partners = capture_partners(plan, view)
         even = max(2, batch_size - batch_size % 2)
         return cls(plan.dealing, plan.shards, batch_size if partners is None else even, partners)

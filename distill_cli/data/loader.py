@@ -258,6 +258,7 @@ class Batches(Dataset["Loaded | DistillError"]):
             mixes = [self._mixes(view, wanted) for view in views]
             images, unreadable = self._read([*wanted.tolist(), *(mix.partner for of in mixes for mix in of.values())])
             if self.partners is not None and not self.partners.final:
+                # Whose partner cannot be read stays as it is.
                 mixes = [{i: mix for i, mix in of.items() if mix.partner in images} for of in mixes]
             ids, skipped = _whole(wanted.tolist(), mixes, unreadable)
             pixels = [self._pixels(view, ids, of, images) for view, of in zip(views, mixes, strict=True) if ids]
@@ -315,6 +316,7 @@ class Batches(Dataset["Loaded | DistillError"]):
         return pixels if self.partners is None else replace(pixels, mixture=Mixture.of(every, of_batch))
 
     def _checksums(self, sample_ids: NDArray[np.int64], pixels: Pixels, mixes: dict[int, Mix]) -> dict[int, int]:
+        """By sample id, of those of a batch that come first by place."""
         assert self.probes is not None
         found = {}
         for number in np.argsort(self.probes.place(sample_ids))[:PROBES].tolist():
