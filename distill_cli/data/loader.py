@@ -47,6 +47,10 @@ class MixedLabels:
     def pin_memory(self) -> "MixedLabels":
         return MixedLabels(self.partner.pin_memory(), self.lam.pin_memory())
 
+    def at(self, rows: Tensor | slice) -> "MixedLabels":
+        """Those of some of the batch."""
+        return MixedLabels(self.partner[rows], self.lam[rows])
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -63,5 +63,5 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     assert batch.teacher is not None
     images, labels, ids = (values[start:stop] for values in (batch.images, batch.labels, batch.sample_ids))
     rows = some(batch.teacher, slice(start, stop))
-    mixed = batch.mixed and MixedLabels(batch.mixed.partner[start:stop], batch.mixed.lam[start:stop])
+    mixed = batch.mixed and batch.mixed.at(slice(start, stop))
     return replace(batch, images=images, labels=labels, sample_ids=ids, teacher=rows, mixed=mixed)
