@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.loader import Batch, MixedLabels
 from distill_cli.distributed import World
 from distill_cli.metrics import autocast
 from distill_cli.objectives import Losses
@@ -48,6 +48,6 @@ def cut(batch: Batch, parts: int) -> Iterator[Batch]:
 
 def _rows(value: Any, rows: slice) -> Any:
     """Some rows of what has one for each image; all else as it is."""
-    if isinstance(value, SparseLogits):
+    if isinstance(value, SparseLogits | MixedLabels):
         return value.at(rows)
     return value[rows] if isinstance(value, Tensor | np.ndarray) else value

@@ -23,6 +23,7 @@ from torch import Tensor
 from distill_cli.data import open_train
 from distill_cli.data.images import printable
 from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.mixing import DrawnPartners, capture_partners, together
 from distill_cli.data.sources import Source, check_classes, fingerprint, parts
 from distill_cli.data.views import DEFAULTS, View, resolve_view, train_transform
 from distill_cli.distributed import Signals, World, stopped
@@ -35,7 +36,7 @@ from distill_cli.software import versions
 from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, sampling_uniforms, top_k
 from distill_cli.store.dealing import Dealing, Following
 from distill_cli.store.plan import PROBES, Plan
-from distill_cli.store.rows import Rows
+from distill_cli.store.rows import Rows, at
 from distill_cli.store.writer import StoreWriter
 from distill_cli.students.build import check_forward
 from distill_cli.teachers import Frozen, load_frozen
@@ -120,10 +121,22 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
 @dataclass(frozen=True)
 class CaptureOrder:
     """Batch number -> (view, sample ids), shard after shard; a batch never crosses shards, so that what is in a shard
-    does not depend on which others were missing."""
+    does not depend on which others were missing.
+
+    Two samples that are mixed lie in one batch, so that it is decided once whether both can be read; batches then have
+    an even size.
+    """
 
     dealing: Dealing | Following
     batch_size: int
+    partners: DrawnPartners | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, view: View, batch_size: int) -> "CaptureOrder":
+        """The order of a plan; where its view mixes, an odd batch size is taken as the even one below, at least 2."""
+        partners = capture_partners(plan, view)
+        even = max(2, batch_size - batch_size % 2)
+        return cls(plan.dealing, batch_size if partners is None else even, partners)
 
     def batches(self, piece: Piece) -> int:
         return -(-len(self.dealing.places(piece[1])) // self.batch_size)
@@ -140,7 +153,8 @@ class CaptureOrder:
     def __call__(self, number: int) -> tuple[int, NDArray[np.int64]]:
         view, shard = self.piece(number)
         first = number % self._stride * self.batch_size
-        return view, _ids_of(self.dealing, shard)[first : first + self.batch_size]
+        ids = _ids_of(self.dealing, shard) if self.partners is None else _pairs_of(self.partners, view, shard)
+        return view, ids[first : first + self.batch_size]
 
     @property
     def _stride(self) -> int:
@@ -151,6 +165,12 @@ class CaptureOrder:
 @functools.lru_cache(maxsize=2)
 def _ids_of(dealing: Dealing | Following, shard: int) -> NDArray[np.int64]:
     return dealing.sample_ids(shard)
+
+
+@functools.lru_cache(maxsize=2)
+def _pairs_of(partners: DrawnPartners, view: int, shard: int) -> NDArray[np.int64]:
+    ids = partners.dealing.sample_ids(shard)
+    return together(ids, partners(view, ids))
 
 
 def fill(
@@ -202,7 +222,7 @@ def _pass(
 ) -> set[Piece]:
     """Compute all shards that can be claimed; gives those."""
     plan, mine = capture.plan, set[Piece]()
-    order = CaptureOrder(plan.dealing, capture.recipe.store.batch_size)
+    order = CaptureOrder.of(plan, capture.view, capture.recipe.store.batch_size)
     begun: deque[Piece] = deque()
     claimed = _claimed(plan, missing, claims, sink.writer, begun)
     first = next(claimed, None)
@@ -252,7 +272,8 @@ def batches_of(capture: Capture, order: CaptureOrder, numbers: Iterator[int], wo
         order,
         drawn=capture.plan.drawn,
         skip_unreadable=capture.recipe.data.skip_unreadable,
-        probes=PROBES,
+        partners=capture_partners(capture.plan, capture.view),
+        probes=capture.plan.dealing,
     )
     return load(batches, numbers, world.workers, world.device)
 
@@ -264,6 +285,8 @@ class Taught:
     rows: SparseLogits
     finite: Tensor
     """bool `[batch]`."""
+    labels: Tensor
+    """int64 `[batch]`: by which the teacher is right or not; of a mixed image that of the larger share."""
     batch: Batch
     """Of which they are; without its images."""
     copied: torch.cuda.Event | None
@@ -278,14 +301,14 @@ def teach(capture: Capture, batch: Batch, world: World) -> Taught:
     if len(batch):
         logits = logits_of(capture, batch, world)
     rows, finite = rows_of(plan, logits, batch), logits.isfinite().all(dim=-1)
-    rest = replace(batch, images=torch.empty(0))
+    rest, labels = replace(batch, images=torch.empty(0)), batch.larger_labels
     if world.device.type == "cpu":
-        return Taught(rows, finite, rest, copied=None)
+        return Taught(rows, finite, labels, rest, copied=None)
     parts = (rows.class_id, rows.log_prob, rows.log_tail, rows.count)
     rows = SparseLogits(*(None if part is None else _to_host(part) for part in parts))  # type: ignore[arg-type]
-    finite, copied = _to_host(finite), torch.cuda.Event()
+    finite, labels, copied = _to_host(finite), _to_host(labels), torch.cuda.Event()
     copied.record()
-    return Taught(rows, finite, rest, copied)
+    return Taught(rows, finite, labels, rest, copied)
 
 
 def logits_of(capture: Capture, batch: Batch, world: World) -> Tensor:
@@ -382,10 +405,14 @@ class _Sink:
         return taught
 
     def _write(self, piece: Piece, parts: Sequence[Taught]) -> None:
-        rows = join(parts, self.capture.plan)
-        probes = [crc for taught in parts for crc in taught.batch.probe_crc][:PROBES]
-        self.writer.write(*piece, rows, np.array(probes, np.uint32))
-        self.claims.release(number_of(self.capture.plan, piece))
+        plan = self.capture.plan
+        rows = join(parts, plan)
+        by_place = np.argsort(plan.dealing.place(rows.sample_id))
+        rows, labels = at(rows, by_place), np.concatenate([taught.labels.numpy() for taught in parts])[by_place]
+        crc = {sample_id: crc for taught in parts for sample_id, crc in taught.batch.probe_crc.items()}
+        probes = [crc[sample_id] for sample_id in rows.sample_id[:PROBES].tolist()]
+        self.writer.write(*piece, rows, np.array(probes, np.uint32), self.writer.hits(rows, labels))
+        self.claims.release(number_of(plan, piece))
         self.rows += len(rows)
 
 

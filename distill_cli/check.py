@@ -23,7 +23,7 @@ from distill_cli.distributed import Signals, World, stopped
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import derive
 from distill_cli.recipe import Recipe
-from distill_cli.replay import check_data, prove_shard
+from distill_cli.replay import check_data, prove_shard, stored_partners
 from distill_cli.report import Report
 from distill_cli.store import open_store
 from distill_cli.store.compare import Compared, compare
@@ -108,14 +108,12 @@ def check(
     tolerance = TOLERANCE[store.plan.precision] if tolerance is None else tolerance
     captures = _open(recipe, store, world, report)
     source = captures[0].source
-    chosen = {
-        generation.number: choose(generation, recipe.store.batch_size, -(-rows // len(captures)), seed)
-        for generation in store.generations
-    }
     sums = _Sums()
     ready = time.monotonic()
     for capture, generation in zip(captures, store.generations, strict=True):
-        order = _order(store, generation, recipe.store.batch_size, chosen[generation.number])
+        captured = CaptureOrder.of(capture.plan, capture.view, recipe.store.batch_size)
+        chosen = choose(generation, captured.batch_size, -(-rows // len(captures)), seed)
+        order = _order(store, generation, captured, chosen)
         sums.probes += _prove(store, generation, capture, order, report)
         _compare(store, generation, capture, order, world, tolerance, sums, report)
     wall_s = time.monotonic() - start
@@ -215,10 +213,9 @@ class _Order:
         return self.batches[number]
 
 
-def _order(store: Store, generation: Generation, batch_size: int, numbers: Sequence[int]) -> _Order:
+def _order(store: Store, generation: Generation, order: CaptureOrder, numbers: Sequence[int]) -> _Order:
     """The chosen batches, without the samples that the capture skipped."""
     plan = generation.plan
-    order = CaptureOrder(plan.dealing, batch_size)
     batches, pieces = [], []
     for number in numbers:
         view, ids = order(number)
@@ -251,7 +248,7 @@ def _compare(
     sums.shards += len(set(order.pieces))
     report.stage(f"comparing {total} rows of {generation.plan_name} with the teacher")
     with Signals() as signals, report.progress("check", total) as progress:
-        for batch in _batches(capture, order, world):
+        for batch in _batches(store, generation, capture, order, world):
             sums.skipped += len(batch.skipped)
             if len(batch):
                 view = generation.offset + batch.view
@@ -261,13 +258,14 @@ def _compare(
                 raise stopped(signals.received, f"{store}: was not checked to the end; nothing was written")
 
 
-def _batches(capture: Capture, order: _Order, world: World) -> Iterator[Batch]:
+def _batches(store: Store, generation: Generation, capture: Capture, order: _Order, world: World) -> Iterator[Batch]:
     batches = Batches(
         capture.source,
         train_transform(capture.view),
         order,
         drawn=capture.plan.drawn,
         skip_unreadable=capture.recipe.data.skip_unreadable,
+        partners=stored_partners(store, capture.view, generation.offset),
     )
     return load(batches, range(len(order.batches)), world.workers, world.device)
 

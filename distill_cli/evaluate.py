@@ -25,7 +25,7 @@ from distill_cli.errors import GateError, MismatchError, UsageError
 from distill_cli.metrics import Accuracy, every_image, measure_accuracy, measure_agreement
 from distill_cli.recipe import Recipe, update
 from distill_cli.recipe import load as load_recipe
-from distill_cli.replay import SparseRows, check_data, prove_replay
+from distill_cli.replay import SparseRows, check_data, prove_replay, stored_partners
 from distill_cli.report import Report
 from distill_cli.store import open_store
 from distill_cli.store.reader import Store
@@ -263,8 +263,9 @@ def _stored_batches(opened: _Evaluation, store: Store, world: World) -> Iterator
     prove_replay(store, opened.stored, train_transform(taught))
     own = student_view(DataConfig(), taught, {name: getattr(opened.view, name) for name in SEEN})
     transform = train_transform(taught, own)
-    order = ListingOrder(store.sample_ids, opened.recipe.eval.batch_size, world.rank, world.size)
-    batches = Batches(opened.stored, transform, order, drawn=store.drawn, rows=SparseRows(store))
+    partners = stored_partners(store, taught)
+    order = ListingOrder(store.sample_ids, opened.recipe.eval.batch_size, world.rank, world.size, partners)
+    batches = Batches(opened.stored, transform, order, drawn=store.drawn, rows=SparseRows(store), partners=partners)
     return load(batches, range(order.batches), world.workers, world.device)
 
 

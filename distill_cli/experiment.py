@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from distill_cli.data import open_train, open_val
 from distill_cli.data.crops import evaluated
 from distill_cli.data.loader import TrainingOrder
+from distill_cli.data.mixing import SHARD_ROWS, DrawnPartners, Partners
 from distill_cli.data.sources import Source, check_classes, fingerprint, num_classes, parts
 from distill_cli.data.views import (
     DEFAULTS,
@@ -35,11 +36,12 @@ from distill_cli.objectives import Objective, build
 from distill_cli.optim import build_optimizer, settle
 from distill_cli.recipe import Recipe, update
 from distill_cli.recipe import fingerprint as recipe_fingerprint
-from distill_cli.replay import check_data
+from distill_cli.replay import check_data, stored_partners
 from distill_cli.report import Report
 from distill_cli.schedules import learning_rate
 from distill_cli.software import versions
 from distill_cli.store import open_store
+from distill_cli.store.dealing import Dealing
 from distill_cli.store.reader import Store
 from distill_cli.students.build import (
     check_forward,
@@ -167,12 +169,12 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     view = _view(recipe, taught, input_config(student, size), size)
     _say_input(view, taught, report)
     check_forward(student, recipe.student.name, view.image_size)
-    order = _order(recipe, source, store, world)
+    order = _order(recipe, source, store, view, world)
     settled, origins = _settle(recipe, store, view, order, classes)
     assert settled.objective is not None
     objective = build(settled.objective, student).to(world.device)
     _check_needs(objective, settled, source, store)
-    _warn(recipe, source, val, store, student, report)
+    _warn(recipe, source, val, store, student, view, report)
     return Experiment(
         recipe=settled,
         origins=origins,
@@ -245,11 +247,22 @@ def _settle(
 
 
 def _warn(
-    recipe: Recipe, source: Source, val: Source | None, store: Store | None, student: nn.Module, report: Report
+    recipe: Recipe,
+    source: Source,
+    val: Source | None,
+    store: Store | None,
+    student: nn.Module,
+    view: View,
+    report: Report,
 ) -> None:
-    batch_size = recipe.train.batch_size
+    batch_size, views = recipe.train.batch_size, recipe.train.views_per_read
     if recipe.train.freeze_bn and not has_batch_norm(student):
         report.warn(f"train.freeze_bn: {recipe.student.name} has no BatchNorm to freeze")
+    if view.mixes and views > 1:
+        report.warn(
+            f"--views-per-read {views}: each view mixes a sample with another one, which is decoded in addition: "
+            "nothing is saved beside data.mixup and data.cutmix"
+        )
     if len(source) < batch_size:
         report.warn(f"--batch-size {batch_size}: is more than the {len(source)} images; an epoch is one batch of all")
     if store is not None and store.unfinished_views:
@@ -286,7 +299,7 @@ def _image_size(recipe: Recipe, store: Store | None) -> int | None:
     return read_view(store.plan.transform, f"store {store}").image_size
 
 
-def _order(recipe: Recipe, source: Source, store: Store | None, world: World) -> TrainingOrder:
+def _order(recipe: Recipe, source: Source, store: Store | None, view: View, world: World) -> TrainingOrder:
     config = recipe.train
     views = config.views_per_read
     if config.batch_size % (views * world.size):
@@ -313,7 +326,15 @@ def _order(recipe: Recipe, source: Source, store: Store | None, world: World) ->
         views_per_read=views,
         tars=tars,
         window=0 if not tars else SHUFFLE_TARS if config.shuffle_tars is None else config.shuffle_tars,
+        partners=_partners(recipe, source, store, view),
     )
+
+
+def _partners(recipe: Recipe, source: Source, store: Store | None, view: View) -> Partners | None:
+    """With whom each sample is mixed: as in the store, else drawn by (`train.seed`, epoch)."""
+    if store is not None:
+        return stored_partners(store, view)
+    return DrawnPartners(Dealing(len(source), SHARD_ROWS), recipe.train.seed) if view.mixes else None
 
 
 def _tars(recipe: Recipe, source: Source, sample_ids: NDArray[np.int64]) -> tuple[int, ...]:

@@ -1,12 +1,15 @@
 """The proof that a store and some images belong together: same listing, same classes, same pixels."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from distill_cli.data.images import printable
+from distill_cli.data.mixing import partners
 from distill_cli.data.sources import Source, check_classes, fingerprint
-from distill_cli.data.views import Transform, check_replayable
+from distill_cli.data.views import Transform, View, check_replayable
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved
 from distill_cli.software import versions
@@ -57,15 +60,43 @@ def prove_shard(store: Store, view: int, shard: int, source: Source, transform: 
     opened = store.shard(view, shard)
     seed, drawn = store.drawn[view]
     sample_ids = np.delete(plan.dealing.sample_ids(shard), opened.skipped)
-    for sample_id, expected in zip(sample_ids.tolist(), opened.probe_crc.tolist(), strict=False):
+    sample_ids = sample_ids[: len(opened.probe_crc)]
+    others = StoredPartners(store)(view, sample_ids)
+    for sample_id, other, expected in zip(sample_ids.tolist(), others.tolist(), opened.probe_crc.tolist(), strict=True):
         with preserved():
             found = transform.draw([source.read(sample_id)], seed, drawn, [sample_id]).checksum(0)
+            # The partner's own pixels are proven where it is a probe itself.
+            mix = transform.mixing and transform.mixing(seed, drawn, sample_id, other)
+            found = mix.checksum(found) if mix else found
         if found != expected:
             raise MismatchError(
                 f"store {store}: view {view} of {printable(source.keys[sample_id])} does not replay to the pixels that "
                 f"the teacher saw; {_cause(plan.software)}"
             )
     return len(opened.probe_crc)
+
+
+@dataclass(frozen=True)
+class StoredPartners:
+    """The partners that a store's samples had; nobody's is one that the capture could not read."""
+
+    store: Store
+    offset: int = 0
+    """The view of the store that is called 0."""
+    final = True
+
+    def __call__(self, view: int, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        view += self.offset
+        dealing = self.store.generation_of(view)[0].plan.dealing
+        found = partners(dealing, *self.store.drawn[view], sample_ids)
+        there = np.flatnonzero(found >= 0)
+        found[there[self.store.lacks(view, found[there])]] = -1
+        return found
+
+
+def stored_partners(store: Store, view: View, offset: int = 0) -> StoredPartners | None:
+    """The partners of a store whose transform is `view`; None where nothing is mixed."""
+    return StoredPartners(store, offset) if view.mixes else None
 
 
 class SparseRows:

@@ -18,7 +18,7 @@ from distill_cli.recipe import Recipe
 from distill_cli.report import Report
 from distill_cli.store.manifest import Manifest, ShardEntry
 from distill_cli.store.plan import PROBES, Generation, Plan, numbered
-from distill_cli.store.rows import Rows, first, trim
+from distill_cli.store.rows import Rows, at, trim
 from distill_cli.store.shard import encode, open_shard
 from distill_cli.store.writer import StoreWriter, check_plan
 
@@ -146,7 +146,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     capture = open_capture(recipe, world, report)
     check_plan(out, Generation(0, capture.plan))
     plan = capture.plan
-    order = CaptureOrder(plan.dealing, recipe.store.batch_size)
+    order = CaptureOrder.of(plan, capture.view, recipe.store.batch_size)
     numbers = (number for piece in plan.every_shard() for number in order.numbers(piece))
     report.stage("timing a few batches")
     parts: list[Taught] = []
@@ -180,7 +180,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
 def _bytes(plan: Plan, rows: Rows) -> int:
     """The size of a whole store, from some rows of it: what a shard has besides its rows, and what a row has."""
     n = len(rows)
-    full, half = (_encoded(plan, first(rows, size)) for size in (n, n // 2))
+    full, half = (_encoded(plan, at(rows, slice(size))) for size in (n, n // 2))
     per_row = (full - half) / (n - n // 2)
     return round(plan.views * plan.shards * (full - n * per_row) + plan.rows * per_row)
 

@@ -24,6 +24,7 @@ def training_batches(setup: Experiment, start: int, stop: int, world: World) -> 
         rows=SparseRows(setup.store) if setup.store else None,
         views_per_read=setup.recipe.train.views_per_read,
         skip_unreadable=setup.recipe.data.skip_unreadable,
+        partners=setup.order.partners,
     )
     for batch in load(batches, range(start, stop), world.workers, world.device):
         if len(batch) == 0:

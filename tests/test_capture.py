@@ -1,8 +1,10 @@
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +17,15 @@ from distill_cli import capture
 from distill_cli.capture import QUEUED_BATCHES, Capture, CaptureOrder, Taught, _Sink, fill, join, teach
 from distill_cli.data import DataConfig, open_source
 from distill_cli.data.loader import Batch
+from distill_cli.data.mixing import DrawnPartners
 from distill_cli.data.sources import Source, fingerprint
-from distill_cli.data.views import resolve_view
+from distill_cli.data.views import resolve_view, train_transform
 from distill_cli.distributed import World
-from distill_cli.errors import DistillError, Stopped
+from distill_cli.errors import DistillError, MismatchError, Stopped
 from distill_cli.locks import Claims, shared
 from distill_cli.randomness import derive
 from distill_cli.recipe import Recipe
+from distill_cli.replay import StoredPartners, prove_replay
 from distill_cli.report import Report
 from distill_cli.sparse import sampling_uniforms, top_k
 from distill_cli.store.dealing import Dealing
@@ -50,14 +54,17 @@ def source(image_folder: Path) -> Source:
 
 @pytest.fixture
 def make_capture(source: Source, make_plan: MakePlan) -> Callable[..., Capture]:
-    """A capture of 18 images in 2 views, shards of 6 rows and batches of 4; any field of its plan can be given."""
+    """A capture of 18 images in 2 views, shards of 6 rows and batches of 4; any field of its plan can be given, what is
+    mixed, and images of its own."""
 
-    def make(**changes: object) -> Capture:
-        view = resolve_view(DataConfig(augment="rrc"), MODEL)
-        values = {"samples": 18, "views": 2, "shard_rows": 6, "data": fingerprint(source), "top_k": 2, **changes}
-        recipe = Recipe(store={"batch_size": 4})  # type: ignore[arg-type]
+    def make(
+        batch_size: int = 4, mixed: dict[str, float] | None = None, images: Source = source, **changes: object
+    ) -> Capture:
+        view = resolve_view(DataConfig(augment="rrc", **(mixed or {})), MODEL)  # type: ignore[arg-type]
+        values = {"samples": 18, "views": 2, "shard_rows": 6, "data": fingerprint(images), "top_k": 2, **changes}
+        recipe = Recipe(store={"batch_size": batch_size}, data={"skip_unreadable": True})  # type: ignore[arg-type]
         teacher: Any = SimpleNamespace(name="mean", model=Teacher())
-        return Capture(recipe, {}, teacher, source, view, make_plan(3, **values))
+        return Capture(recipe, {}, teacher, images, view, make_plan(3, transform=view.table, **values))
 
     return make
 
@@ -123,6 +130,95 @@ def test_a_row_is_what_the_teacher_s_row_is_in_any_batch(
     assert np.array_equal(rows.log_tail, taught.log_tail)
 
 
+MIXED = {"mixup": 0.8, "cutmix": 1.0}
+
+
+@pytest.mark.parametrize("shard_rows", [6, 7])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 16])
+def test_a_mixing_store_has_the_same_bytes_by_any_batches(
+    write: Callable[..., StoreWriter], tmp_path: Path, batch_size: int, shard_rows: int
+) -> None:
+    write(mixed=MIXED, shard_rows=shard_rows)
+    write("parts", [(1, 0), (0, 2)], mixed=MIXED, shard_rows=shard_rows, batch_size=batch_size)
+    write("parts", mixed=MIXED, shard_rows=shard_rows, batch_size=batch_size)
+    assert _contents(tmp_path / "parts") == _contents(tmp_path / "store")
+
+
+def test_a_batch_of_a_mixing_view_holds_both_of_each_pair(make_capture: Callable[..., Capture]) -> None:
+    made = make_capture(mixed=MIXED, shard_rows=7)
+    for batch_size, even in ((1, 2), (2, 2), (5, 4), (64, 64)):
+        order = CaptureOrder.of(made.plan, made.view, batch_size)
+        partners = DrawnPartners(made.plan.dealing, made.plan.seed)
+        for piece in made.plan.every_shard():
+            batches = [order(number) for number in order.numbers(piece)]
+            assert len(batches) == order.batches(piece)
+            assert np.array_equal(
+                np.sort(np.concatenate([ids for _, ids in batches])), np.sort(made.plan.dealing.sample_ids(piece[1]))
+            )
+            for view, ids in batches:
+                found = partners(view, ids)
+                assert len(ids) <= even
+                assert set(found[found >= 0]) <= set(ids)
+
+
+def test_a_mixing_store_is_proven_and_counts_the_label_of_the_larger_share(
+    write: Callable[..., StoreWriter], make_capture: Callable[..., Capture], tmp_path: Path
+) -> None:
+    write(mixed=MIXED)
+    made, store = make_capture(mixed=MIXED), Store(tmp_path / "store")
+    assert prove_replay(store, made.source, train_transform(made.view)) == 8
+    assert made.source.labels is not None
+    hits = mixed = 0
+    for view in range(2):
+        for sample_id in range(18):
+            one: Any = lambda _, v=view, i=sample_id: (v, np.array([i]))  # noqa: E731
+            batch = next(capture.batches_of(made, one, iter([0]), CPU))
+            assert batch.mixed is not None
+            lam = batch.mixed.lam.item()
+            label = batch.labels if lam >= 0.5 else batch.mixed.partner
+            hits += int((teach(made, batch, CPU).rows.top1 == label).item())
+            mixed += lam < 1
+    assert mixed > 20
+    assert store.manifests[0].top1 == round(100 * hits / 36, 3)
+
+
+def test_another_lambda_is_found_by_the_probes(
+    write: Callable[..., StoreWriter], make_capture: Callable[..., Capture], tmp_path: Path
+) -> None:
+    """… though the pixels of each image alone are the same."""
+    write(mixed=MIXED)
+    store = Store(tmp_path / "store")
+    for other in ({"mixup": 0.4, "cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0, "mixup_prob": 0.5}, {}):
+        made = make_capture(mixed=other)
+        with pytest.raises(MismatchError, match="does not replay to the pixels"):
+            prove_replay(store, made.source, train_transform(made.view))
+
+
+def test_the_partner_of_a_skipped_image_is_unmixed_in_the_capture_and_in_every_replay(
+    source: Source, write: Callable[..., StoreWriter], make_capture: Callable[..., Capture], tmp_path: Path
+) -> None:
+    made = make_capture(mixed=MIXED)
+    partners = DrawnPartners(made.plan.dealing, made.plan.seed)
+    # One whose partner is mixed with it in both views, and which is among the first of a shard.
+    skipped = int(made.plan.dealing.sample_ids(0)[1])
+    alone = [int(partners(view, np.array([skipped]))[0]) for view in (0, 1)]
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(source.root, spoilt)  # type: ignore[attr-defined]
+    content = (spoilt / source.keys[skipped]).read_bytes()
+    (spoilt / source.keys[skipped]).write_bytes(b"")
+    write(mixed=MIXED, images=replace(source, root=spoilt))  # type: ignore[type-var]
+    (spoilt / source.keys[skipped]).write_bytes(content)
+    store = Store(tmp_path / "store")
+    assert store.manifests[0].skipped == (skipped,)
+    assert prove_replay(store, source, train_transform(made.view)) == 8
+    plain = train_transform(make_capture().view)
+    for view, sample_id in enumerate(alone):
+        inputs = plain([source.read(sample_id)], *made.plan.drawn[view], [sample_id])
+        taught = top_k(Teacher()(inputs), 2)
+        assert np.array_equal(store.rows(view, np.array([sample_id])).log_prob, taught.log_prob.numpy().astype("f2"))
+        assert StoredPartners(store)(view, np.array([sample_id])) == [-1]
+
+
 def test_uniforms_are_of_each_sample_alone() -> None:
     assert sampling_uniforms(1, 2, np.array([7, 3]))[1] == (derive("sample", 1, 2, 3) >> 10) / 2**53
 
@@ -160,7 +256,8 @@ def make_sink(make_capture: Callable[..., Capture], tmp_path: Path) -> Sinks:
 
 def _taught(finite: bool = True) -> Taught:
     rows = top_k(torch.zeros(4, 3), 2)
-    return Taught(rows, torch.full((4,), finite), Batch(torch.empty(0), torch.zeros(4), np.arange(4), (0,)), None)
+    batch = Batch(torch.empty(0), torch.zeros(4), np.arange(4), (0,), probe_crc=dict.fromkeys(range(4), 0))
+    return Taught(rows, torch.full((4,), finite), batch.labels, batch, None)
 
 
 def _hand_over(sink: _Sink, *parts: Taught | None, after: Callable[[], object] = lambda: None) -> None:

@@ -70,6 +70,14 @@ class DataConfig:
     """Probability of taking the colours away; 0."""
     gaussian_blur_prob: Fraction | None = None
     """Probability of torchvision's Gaussian blur of 23 px; 0."""
+    mixup: NonNegative | None = None
+    """Alpha of Mixup's beta distribution; 0 for none."""
+    cutmix: NonNegative | None = None
+    """Alpha of CutMix's; 0 for none."""
+    mixup_prob: Fraction | None = None
+    """Probability that a pair of images is mixed at all, where `mixup` or `cutmix` is given; 1."""
+    mixup_switch_prob: Fraction | None = None
+    """Probability of CutMix, where both are given; 0.5."""
 
 
 @section
@@ -96,6 +104,15 @@ class View:
     color_jitter_prob: Fraction = 1.0
     grayscale_prob: Fraction = 0.0
     gaussian_blur_prob: Fraction = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    mixup_prob: Fraction = 1.0
+    mixup_switch_prob: Fraction = 0.5
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others."""
+        return bool(self.mixup or self.cutmix) and self.mixup_prob > 0
 
     @property
     def table(self) -> dict[str, Any]:

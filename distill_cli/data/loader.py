@@ -7,7 +7,7 @@ and nothing about it needs saving.
 import functools
 import itertools
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,15 +18,38 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from distill_cli.data.pixels import Pixels, joined
+from distill_cli.data.mixing import Mix, Partners, together
+from distill_cli.data.pixels import Mixture, Pixels, joined
 from distill_cli.data.sources import Source, UnreadableImage
 from distill_cli.data.views import Transform
 from distill_cli.errors import DistillError
 from distill_cli.randomness import derive, preserved
 from distill_cli.sparse import SparseLogits, stacked
+from distill_cli.store.dealing import Dealing, Following
+from distill_cli.store.plan import PROBES
 
 Rows = Callable[[int, NDArray[np.int64]], SparseLogits]
 """(view, sample ids) -> the teacher's rows: how a store gives them to the loader."""
+
+
+@dataclass(frozen=True)
+class MixedLabels:
+    """What is to be known of the labels of mixed images: each has lam of its own and 1 - lam of its partner's."""
+
+    partner: Tensor
+    """int64 `[batch]`; its own where it is not mixed, -1 where the data has no labels."""
+    lam: Tensor
+    """float32 `[batch]`; 1 where it is not mixed."""
+
+    def to(self, device: torch.device) -> "MixedLabels":
+        return MixedLabels(self.partner.to(device, non_blocking=True), self.lam.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "MixedLabels":
+        return MixedLabels(self.partner.pin_memory(), self.lam.pin_memory())
+
+    def at(self, rows: Tensor | slice) -> "MixedLabels":
+        """Those of some of the batch."""
+        return MixedLabels(self.partner[rows], self.lam[rows])
 
 
 @dataclass(frozen=True)
@@ -42,8 +65,10 @@ class Batch:
     teacher: SparseLogits | None = None
     skipped: tuple[str, ...] = ()
     """The messages of images that could not be decoded and are not in the batch."""
-    probe_crc: tuple[int, ...] = ()
-    """Checksums of its first images, where they were asked for."""
+    probe_crc: Mapping[int, int] = field(default_factory=dict)
+    """Sample id -> checksum, of those that lie first in their shard, where they were asked for."""
+    mixed: MixedLabels | None = None
+    """None where no images are mixed."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -52,6 +77,11 @@ class Batch:
     def view(self) -> int:
         """The only one, or the first of several."""
         return self.views[0]
+
+    @property
+    def larger_labels(self) -> Tensor:
+        """int64 `[batch]`: of a mixed image that of the larger share."""
+        return self.labels if self.mixed is None else self.labels.where(self.mixed.lam >= 0.5, self.mixed.partner)
 
 
 @dataclass(frozen=True)
@@ -71,8 +101,10 @@ class Loaded:
 
     def _each(self, tensor: Callable[[Tensor], Tensor], other: Callable[[Any], Any]) -> "Loaded":
         batch, pixels = self.batch, self.pixels
-        moved = replace(batch, labels=tensor(batch.labels), teacher=batch.teacher and other(batch.teacher))
-        return Loaded(moved, pixels and other(pixels))
+        teacher, mixed = batch.teacher and other(batch.teacher), batch.mixed and other(batch.mixed)
+        return Loaded(
+            replace(batch, labels=tensor(batch.labels), teacher=teacher, mixed=mixed), pixels and other(pixels)
+        )
 
     def finished(self, transform: Transform) -> Batch:
         """The batch with its images, made where the pixels are."""
@@ -93,6 +125,7 @@ class TrainingOrder:
     With one view a read a pass is an epoch, and epoch e reads view e mod views. With N a pass is N epochs: a sample is
     read once in it and seen by N views in the same step, so that an epoch has as many steps as ever. What does not
     fill a last batch waits for another pass's shuffle. Of data in tars only so many are open at a time: see `windowed`.
+    Samples that are mixed, in the first of the views, follow each other.
 
     Paper: Shen and Xing 2022, arXiv:2112.01528 (FKD's several crops of an image in one mini-batch).
     """
@@ -110,6 +143,9 @@ class TrainingOrder:
     """How many of `sample_ids` each tar has, one tar behind the other; none: the samples are in no tars."""
     window: int = 0
     """Tars that are open at a time; 0: all."""
+    partners: Partners | None = None
+    _paired: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The samples in the order of the last passes, by number."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -119,6 +155,19 @@ class TrainingOrder:
     def images_per_step(self) -> int:
         """Inputs, over all ranks."""
         return self._samples_per_step * self.views_per_read
+
+    def _shuffled(self, number: int, view: int) -> NDArray[np.int64]:
+        """The samples in the order of a pass that begins with a view."""
+        seed = derive("order", self.seed, number)
+        shuffled = _permutation(seed, len(self.sample_ids), self.tars, self.window)
+        if self.partners is None:
+            return self.sample_ids[shuffled]
+        if number not in self._paired:
+            for before in list(self._paired)[:-1]:
+                del self._paired[before]
+            ids = self.sample_ids[shuffled]
+            self._paired[number] = together(ids, self.partners(view, ids))
+        return self._paired[number]
 
     @property
     def _samples_per_step(self) -> int:
@@ -132,21 +181,24 @@ class TrainingOrder:
     def __call__(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """(first view, samples)."""
         number, place = divmod(step, self._steps_per_pass)
-        seed = derive("order", self.seed, number)
-        shuffled = _permutation(seed, len(self.sample_ids), self.tars, self.window)
-        chosen = shuffled[place * self._samples_per_step : (place + 1) * self._samples_per_step]
         first = number * self.views_per_read % self.views
-        return first, self.sample_ids[np.array_split(chosen, self.world_size)[self.rank]]
+        shuffled = self._shuffled(number, first)
+        chosen = shuffled[place * self._samples_per_step : (place + 1) * self._samples_per_step]
+        return first, np.array_split(chosen, self.world_size)[self.rank]
 
 
 @dataclass(frozen=True)
 class ListingOrder:
-    """Every sample once, in the order of the listing, dealt to ranks in turn; its view is 0."""
+    """Every sample once, in the order of the listing, dealt to ranks in turn; its view is 0.
+
+    Samples that are mixed follow each other, and are dealt two by two.
+    """
 
     sample_ids: NDArray[np.int64]
     batch_size: int
     rank: int = 0
     world_size: int = 1
+    partners: Partners | None = None
 
     @property
     def batches(self) -> int:
@@ -156,9 +208,12 @@ class ListingOrder:
     def __call__(self, number: int) -> tuple[int, NDArray[np.int64]]:
         return 0, self._mine[number * self.batch_size : (number + 1) * self.batch_size]
 
-    @property
+    @functools.cached_property
     def _mine(self) -> NDArray[np.int64]:
-        return self.sample_ids[self.rank :: self.world_size]
+        if self.partners is None:
+            return self.sample_ids[self.rank :: self.world_size]
+        ids = together(self.sample_ids, self.partners(0, self.sample_ids))
+        return ids[np.arange(len(ids)) // 2 % self.world_size == self.rank]
 
 
 @functools.lru_cache(maxsize=2)
@@ -202,8 +257,10 @@ class Batches(Dataset["Loaded | DistillError"]):
     views_per_read: int = 1
     """Views that a sample is seen by each time it is decoded: that of the order, and those that follow it."""
     skip_unreadable: bool = False
-    probes: int = 0
-    """Images of each batch that are checksummed."""
+    partners: Partners | None = None
+    """Given if and only if the transform mixes. A partner that a batch lacks is read in addition."""
+    probes: Dealing | Following | None = None
+    """Of whose places the images are checksummed that come first in a batch."""
     _ahead: dict[int, SparseLogits] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Rows of this process's next batches, by number."""
 
@@ -221,32 +278,35 @@ class Batches(Dataset["Loaded | DistillError"]):
         """What a batch is made of.
 
         Raises:
-            UnreadableImage: an image cannot be decoded, and is not to be skipped.
+            UnreadableImage: an image, or the partner of one, cannot be decoded, and is not to be skipped.
         """
+        assert (self.transform.mixing is None) == (self.partners is None), "only what mixes needs partners"
         first, wanted = self.order(number)
         views = self._views(first)
-        images, ids, skipped = self._read(wanted)
-        sample_ids = np.array(ids, np.int64)
         teacher = self._teacher(number, len(wanted)) if self.rows else None
+        with preserved():
+            mixes = [self._mixes(view, wanted) for view in views]
+            images, unreadable = self._read([*wanted.tolist(), *(mix.partner for of in mixes for mix in of.values())])
+            if self.partners is not None and not self.partners.final:
+                # Whose partner cannot be read stays as it is.
+                mixes = [{i: mix for i, mix in of.items() if mix.partner in images} for of in mixes]
+            ids, skipped = _whole(wanted.tolist(), mixes, unreadable)
+            pixels = [self._pixels(view, ids, of, images) for view, of in zip(views, mixes, strict=True) if ids]
+        sample_ids = np.array(ids, np.int64)
         if teacher is not None and skipped:
             kept = np.tile(np.isin(wanted, sample_ids), len(views))
             teacher = teacher.at(torch.from_numpy(np.flatnonzero(kept)))
-        pixels, probe_crc = None, tuple[int, ...]()
-        if images:
-            with preserved():
-                pixels = joined([self.transform.draw(images, *self._drawn(view), ids) for view in views])
-            probe_crc = tuple(map(pixels.checksum, range(min(self.probes, len(images)))))
-        labels = np.full(len(ids), -1) if self.source.labels is None else self.source.labels[sample_ids]
         batch = Batch(
             images=torch.empty(0),
-            labels=torch.from_numpy(np.tile(labels, len(views))),
+            labels=torch.from_numpy(np.tile(self._labels(sample_ids), len(views))),
             sample_ids=np.tile(sample_ids, len(views)),
             views=views,
             teacher=teacher,
             skipped=tuple(skipped),
-            probe_crc=probe_crc,
+            probe_crc=self._checksums(sample_ids, pixels[0], mixes[0]) if self.probes and pixels else {},
+            mixed=None if self.partners is None else self._mixed_labels(ids, mixes),
         )
-        return Loaded(batch, pixels)
+        return Loaded(batch, joined(pixels) if pixels else None)
 
     def _views(self, first: int) -> tuple[int, ...]:
         views = range(first, first + self.views_per_read)
@@ -256,19 +316,53 @@ class Batches(Dataset["Loaded | DistillError"]):
         """(seed, view) by which a view is drawn."""
         return self.drawn[view] if self.drawn else (self.seed, view)
 
-    def _read(self, wanted: NDArray[np.int64]) -> tuple[list[Image.Image], list[int], list[str]]:
-        """The images that can be decoded, their ids, and what is said of the others."""
-        images, ids, skipped = [], [], []
-        for sample_id in wanted.tolist():
+    def _mixes(self, view: int, wanted: NDArray[np.int64]) -> dict[int, Mix]:
+        """What is mixed into those of some samples that are mixed with another."""
+        if self.partners is None or self.transform.mixing is None:
+            return {}
+        seed, drawn = self._drawn(view)
+        pairs = zip(wanted.tolist(), self.partners(view, wanted).tolist(), strict=True)
+        mixes = {sample_id: self.transform.mixing(seed, drawn, sample_id, partner) for sample_id, partner in pairs}
+        return {sample_id: mix for sample_id, mix in mixes.items() if mix is not None}
+
+    def _read(self, wanted: Iterable[int]) -> tuple[dict[int, Image.Image], dict[int, str]]:
+        """The images that can be decoded, and what is said of the others."""
+        images, unreadable = dict[int, Image.Image](), dict[int, str]()
+        for sample_id in dict.fromkeys(wanted):
             try:
-                images.append(self.source.read(sample_id))
+                images[sample_id] = self.source.read(sample_id)
             except UnreadableImage as error:
                 if not self.skip_unreadable:
                     raise
-                skipped.append(str(error))
-                continue
-            ids.append(sample_id)
-        return images, ids, skipped
+                unreadable[sample_id] = str(error)
+        return images, unreadable
+
+    def _pixels(self, view: int, ids: list[int], mixes: dict[int, Mix], images: dict[int, Image.Image]) -> Pixels:
+        """What a view draws for some samples, and for partners that are not among them."""
+        of_batch, there = [mixes.get(sample_id) for sample_id in ids], set(ids)
+        others = dict.fromkeys(mix.partner for mix in of_batch if mix is not None and mix.partner not in there)
+        every = [*ids, *others]
+        pixels = self.transform.draw([images[sample_id] for sample_id in every], *self._drawn(view), every)
+        return pixels if self.partners is None else replace(pixels, mixture=Mixture.of(every, of_batch))
+
+    def _checksums(self, sample_ids: NDArray[np.int64], pixels: Pixels, mixes: dict[int, Mix]) -> dict[int, int]:
+        """By sample id, of those of a batch that come first by place."""
+        assert self.probes is not None
+        found = {}
+        for number in np.argsort(self.probes.place(sample_ids))[:PROBES].tolist():
+            crc, sample_id = pixels.checksum(number), int(sample_ids[number])
+            found[sample_id] = mixes[sample_id].checksum(crc) if sample_id in mixes else crc
+        return found
+
+    def _labels(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        labels = self.source.labels
+        return np.full(len(sample_ids), -1) if labels is None else labels[sample_ids]
+
+    def _mixed_labels(self, ids: list[int], mixes: Sequence[dict[int, Mix]]) -> MixedLabels:
+        rows = [(sample_id, of.get(sample_id)) for of in mixes for sample_id in ids]
+        partners = np.array([mix.partner if mix else sample_id for sample_id, mix in rows], np.int64)
+        lam = torch.tensor([mix.lam if mix else 1.0 for _, mix in rows])
+        return MixedLabels(torch.from_numpy(self._labels(partners)), lam)
 
     def _teacher(self, number: int, size: int) -> SparseLogits:
         """The rows of a batch, read for several batches at once: a shard then gives several each time."""
@@ -293,6 +387,21 @@ class Batches(Dataset["Loaded | DistillError"]):
                 # Copies: what is sent to another process is sent with all the memory that it is a part of.
                 part = slice(end - len(ids), end)
                 self._ahead[number] = stacked([of_view.at(part) for of_view in rows])
+
+
+def _whole(
+    wanted: Iterable[int], mixes: Sequence[dict[int, Mix]], unreadable: Mapping[int, str]
+) -> tuple[list[int], list[str]]:
+    """The samples of which all can be read that is needed, their partners too, and what is said of the others."""
+    ids, skipped = [], []
+    for sample_id in wanted:
+        needed = (sample_id, *(of[sample_id].partner for of in mixes if sample_id in of))
+        failed = next((number for number in needed if number in unreadable), None)
+        if failed is None:
+            ids.append(sample_id)
+        else:
+            skipped.append(unreadable[failed])
+    return ids, skipped
 
 
 def load(batches: Batches, numbers: Iterable[int], workers: int, device: torch.device) -> Iterator[Batch]:
@@ -369,8 +478,9 @@ def _arrived(batch: Batch, there: torch.cuda.Event) -> Batch:
     """The batch, once the stream of the model may use it."""
     stream = torch.cuda.current_stream(batch.labels.device)
     stream.wait_event(there)
-    rows = batch.teacher
-    for part in (batch.images, batch.labels, *(rows.parts if rows else ())):
+    rows, mixed = batch.teacher, batch.mixed
+    labels = (batch.labels, *((mixed.partner, mixed.lam) if mixed else ()))
+    for part in (batch.images, *labels, *(rows.parts if rows else ())):
         # Its memory may be given to the next batch only when the model's stream is past it.
         part.record_stream(stream)
     return batch

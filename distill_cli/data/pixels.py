@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill_cli.config import Colour
+from distill_cli.data.mixing import Mix
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,49 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """How the inputs of a batch are made of images, each of two."""
+
+    pairs: Tensor
+    """int64 `[batch, 2]`: the places of an input's own image and of its partner's; twice its own where not mixed."""
+    share: Tensor
+    """float32 `[batch]`: of its own image, outside the box."""
+    boxes: Tensor
+    """int64 `[batch, 4]`: top, bottom, left, right of what is the partner's alone; zeros where there is no box."""
+
+    @classmethod
+    def of(cls, sample_ids: Sequence[int], mixes: Sequence[Mix | None]) -> "Mixture":
+        """The mixture of a batch's inputs.
+
+        Args:
+            sample_ids: of the images: those of the batch, then the partners that it lacks.
+            mixes: of the batch.
+        """
+        place = {sample_id: number for number, sample_id in enumerate(sample_ids)}
+        return cls(
+            torch.tensor([(own, place[mix.partner] if mix else own) for own, mix in enumerate(mixes)]),
+            torch.tensor([mix.lam if mix and mix.box is None else 1.0 for mix in mixes]),
+            torch.tensor([(mix and mix.box) or (0, 0, 0, 0) for mix in mixes]),
+        )
+
+    def mixed(self, images: Tensor) -> Tensor:
+        """w x + (1 - w) x' of normalised images `[images, 3, size, size]`: w is the share, and 0 in the box."""
+        line = torch.arange(images.shape[-1], device=images.device)
+        top, bottom, left, right = self.boxes[:, :, None].unbind(1)
+        rows, columns = (line >= top) & (line < bottom), (line >= left) & (line < right)
+        inside = (rows[:, :, None] & columns[:, None, :])[:, None]
+        weight = torch.where(inside, 0.0, self.share[:, None, None, None])
+        own, other = images[self.pairs[:, 0]], images[self.pairs[:, 1]]
+        # Three roundings, none of them fused, so that an image's place in a batch has no part in its bits.
+        return own.mul_(weight).add_(other.mul_(1 - weight))
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Its tensors."""
+        return self.pairs, self.share, self.boxes
+
+
+@dataclass(frozen=True)
 class Pixels:
     """What is drawn for a batch, before the arithmetic that follows: the same bytes on every device.
 
@@ -44,6 +88,8 @@ class Pixels:
     """Of each box that is erased: its image's place in the batch, top, left, height, width."""
     noise: Tensor
     """float32: `[3, height, width]` of one box after the other."""
+    mixture: Mixture | None = None
+    """None: each image is an input."""
 
     @classmethod
     def of(cls, images: Sequence[Tensor], boxes: Sequence[Box | None]) -> "Pixels":
@@ -69,7 +115,8 @@ class Pixels:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Pixels":
-        return replace(self, images=change(self.images), noise=change(self.noise))
+        mixture = self.mixture and Mixture(*map(change, self.mixture.parts))
+        return replace(self, images=change(self.images), noise=change(self.noise), mixture=mixture)
 
     def checksum(self, place: int) -> int:
         """The CRC-32 of an image's bytes and, where it is erased, of top, left, height, width (int32) and the noise."""
@@ -80,22 +127,29 @@ class Pixels:
         return zlib.crc32(box.noise.numpy().astype("<f4", copy=False).tobytes(), crc)
 
     def inputs(self, mean: Colour, std: Colour) -> Tensor:
-        """float32 `[batch, 3, size, size]`, normalised, with what is erased; on the device where the pixels are."""
+        """float32 `[batch, 3, size, size]`, normalised, erased, then mixed; on the device where the pixels are."""
         shift, scale = (torch.tensor(colour, device=self.images.device).view(3, 1, 1) for colour in (mean, std))
         inputs = self.images.float().div_(255).sub_(shift).div_(scale)
         for place, box in enumerate(self.boxes):
             if box is not None:
                 height, width = box.noise.shape[1:]
                 inputs[place, :, box.top : box.top + height, box.left : box.left + width] = box.noise
-        return inputs
+        return inputs if self.mixture is None else self.mixture.mixed(inputs)
 
 
 def joined(parts: Sequence[Pixels]) -> Pixels:
     """Several batches as one."""
     if len(parts) == 1:
         return parts[0]
-    first, edges = 0, list[tuple[int, int, int, int, int]]()
+    first, edges, mixtures = 0, list[tuple[int, int, int, int, int]](), list[Mixture]()
     for part in parts:
         edges += [(first + place, *box) for place, *box in part.edges]  # type: ignore[misc]
+        if part.mixture is not None:
+            mixtures.append(replace(part.mixture, pairs=part.mixture.pairs + first))
         first += len(part.images)
-    return Pixels(torch.cat([part.images for part in parts]), tuple(edges), torch.cat([part.noise for part in parts]))
+    return Pixels(
+        torch.cat([part.images for part in parts]),
+        tuple(edges),
+        torch.cat([part.noise for part in parts]),
+        Mixture(*map(torch.cat, zip(*(mixture.parts for mixture in mixtures), strict=True))) if mixtures else None,
+    )

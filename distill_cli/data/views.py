@@ -21,6 +21,7 @@ from torchvision import transforms
 from distill_cli.config import Colour
 from distill_cli.data.config import DEFAULTS, SEEN, DataConfig, View, said
 from distill_cli.data.crops import RANDOM, CentreCrop, Elsewhere, PadCrop, SimpleCrop, evaluated
+from distill_cli.data.mixing import Mixing
 from distill_cli.data.pixels import Box, Pixels
 from distill_cli.data.policies import TRIVIAL, Trivial, in_proportion
 from distill_cli.errors import MismatchError, UsageError
@@ -137,11 +138,13 @@ class Transform:
     """timm's RandomErasing, in place."""
     frame: int | None = None
     """The size in which boxes are drawn, where it is not that of the images."""
+    mixing: Mixing | None = None
+    """What is drawn for two images that are mixed; None where none are."""
 
     def __call__(self, images: Sequence[Image.Image], seed: int, view: int, sample_ids: Sequence[int]) -> Tensor:
         """The inputs that view number `view` makes of some samples: float32 `[batch, 3, size, size]`, normalised.
 
-        Each depends on (seed, view, sample id) alone. The generators are left seeded.
+        Each depends on (seed, view, sample id) alone, and is mixed with no other. The generators are left seeded.
         """
         return self.inputs(self.draw(images, seed, view, sample_ids))
 
@@ -155,7 +158,7 @@ class Transform:
         return Pixels.of(pixels, boxes)
 
     def inputs(self, pixels: Pixels) -> Tensor:
-        """float32 `[batch, 3, size, size]`, normalised, with what is erased, on the device of the pixels."""
+        """float32 `[batch, 3, size, size]`, normalised, erased, then mixed, on the device of the pixels."""
         return pixels.inputs(self.mean, self.std)
 
     def _box(self, shape: torch.Size, number: int) -> Box | None:
@@ -190,8 +193,8 @@ def train_transform(view: View, student: View | None = None) -> Transform:
 
     Args:
         student: what a student sees of it, where that is something else (see `student_view`). All draws are the same
-            numbers: the crop's box in pixels of the image, flips, operations and their strengths; a box to erase is
-            drawn in the teacher's frame and scaled.
+            numbers: the crop's box in pixels of the image, flips, operations and their strengths; a box to erase, or to
+            fill with another image, is drawn in the teacher's frame and scaled.
 
     Paper: Wu et al. 2022, arXiv:2207.10666, whose student of another size and normalisation than its teacher's does so.
     Differs: the colour that fills what a rotation bares is the teacher's mean for both, as they see one picture
@@ -199,14 +202,16 @@ def train_transform(view: View, student: View | None = None) -> Transform:
         box is of the student's own pixels, as there.
     """
     own = student or view
+    mixing = Mixing(view, own.image_size) if view.mixes else None
     if view.augment == "none":
-        return replace(_centre(view, own), mean=own.mean, std=own.std)
+        return replace(_centre(view, own), mean=own.mean, std=own.std, mixing=mixing)
     asked = replace(view, image_size=own.image_size, interpolation=own.interpolation)
     crop, secondary, final = _pipeline(asked, own.image_size / view.image_size)
     if view.augment != "rrc":
         crop[0] = _crop(view, own)
     erase = RandomErasing(view.reprob, mode="pixel", device="cpu") if view.reprob else None
-    return Transform(transforms.Compose([*crop, *secondary, *final]), own.mean, own.std, erase, view.image_size)
+    pixels = transforms.Compose([*crop, *secondary, *final])
+    return Transform(pixels, own.mean, own.std, erase, view.image_size, mixing)
 
 
 def _centre(view: View, own: View) -> Transform:

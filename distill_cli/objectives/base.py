@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_cli.data.loader import Batch
@@ -41,6 +42,27 @@ class Objective(nn.Module):
     def __call__(self, batch: Batch, *args: Any, **kwargs: Any) -> Losses:
         losses: Losses = super().__call__(batch, *args, **kwargs)
         return losses
+
+
+def label_cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    """Cross-entropy with the labels, a mean over the batch.
+
+        L = -sum_c y_c log q_c,    y = (1 - s) onehot + s / C
+
+    Of mixed images with both labels: lam L(label) + (1 - lam) L(the partner's), as timm's soft targets.
+
+    Args:
+        logits: `[batch, classes]`.
+        smoothing: s.
+    """
+    logits = logits.float()
+    if batch.mixed is None:
+        return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+    own, partner = (
+        F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+        for labels in (batch.labels, batch.mixed.partner)
+    )
+    return (batch.mixed.lam * own + (1 - batch.mixed.lam) * partner).mean()
 
 
 def teacher_rows(batch: Batch) -> SparseLogits:

@@ -2,12 +2,11 @@
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import nn
 
 from distill_cli.config import Fraction, section
 from distill_cli.data.loader import Batch
-from distill_cli.objectives.base import Losses, Objective
+from distill_cli.objectives.base import Losses, Objective, label_cross_entropy
 
 
 @section
@@ -32,5 +31,5 @@ class Supervised(Objective):
 
     def forward(self, batch: Batch) -> Losses:
         logits = self.student(batch.images)
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.config.label_smoothing)
+        loss = label_cross_entropy(logits, batch, self.config.label_smoothing)
         return Losses(loss, {"label": loss.detach()})

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 4
+GAMMA = 0x9E3779B97F4A7C15
+"""The step of SplitMix64."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,11 @@ class Dealing:
 
     def sample_ids(self, shard: int) -> NDArray[np.int64]:
         """The samples of one shard, by place."""
-        return self._walk(np.array(self.places(shard), np.int64), range(ROUNDS - 1, -1, -1))
+        return self.at(np.array(self.places(shard), np.int64))
+
+    def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sample at each place: the inverse of `place`."""
+        return self._walk(places, range(ROUNDS - 1, -1, -1))
 
     def _walk(self, numbers: NDArray[np.int64], rounds: range) -> NDArray[np.int64]:
         out = self._permute(numbers.astype(np.int64), rounds)
@@ -84,7 +90,8 @@ class Dealing:
 
     def _value(self, values: NDArray[np.int64], number: int) -> NDArray[np.int64]:
         # The halves take turns: in even rounds it is the left one that is changed.
-        return _scramble(values, number) & (1 << self._widths[number % 2]) - 1
+        scrambled = _scramble(values.astype(np.uint64) + np.uint64((number + 1) * GAMMA % 2**64))
+        return scrambled.view(np.int64) & (1 << self._widths[number % 2]) - 1
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,10 @@ class Following:
         """The place of each sample."""
         return sample_ids
 
+    def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sample of each place."""
+        return places
+
     def shard_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The shard of each place."""
         return np.searchsorted(self._ends, places, side="right")
@@ -126,9 +137,13 @@ class Following:
         return np.cumsum(self.sizes, dtype=np.int64)
 
 
-def _scramble(numbers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
-    """The finaliser of SplitMix64, modulo 2^64, of `value + (number + 1) * 0x9E3779B97F4A7C15`."""
-    values = numbers.astype(np.uint64) + np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
+def splitmix(seed: int, count: int) -> NDArray[np.uint64]:
+    """The first numbers of SplitMix64 seeded by `seed`, all of them different."""
+    return _scramble(np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GAMMA))
+
+
+def _scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64, modulo 2^64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (values ^ (values >> np.uint64(31))).view(np.int64)
+    return values ^ (values >> np.uint64(31))

@@ -174,6 +174,20 @@ class Store:
         wanted = self.generation_of(view)[0].plan.dealing.sample_ids(shard)
         return np.delete(wanted, self.shard(view, shard).skipped)
 
+    def lacks(self, view: int, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of some samples have no row in a view, as their images could not be decoded.
+
+        Raises:
+            DamagedError: as `shard`.
+        """
+        generation, manifest, _ = self.generation_of(view)
+        lacking = np.isin(sample_ids, np.array(manifest.skipped, np.int64))
+        places = generation.plan.dealing.place(sample_ids[lacking])
+        for number, place in zip(np.flatnonzero(lacking), places.tolist(), strict=True):
+            shard, within = divmod(place, generation.plan.shard_rows)
+            lacking[number] = within in self.shard(view, shard).skipped
+        return lacking
+
     def shard(self, view: int, shard: int) -> Shard:
         """One shard, its checksum verified and its values looked at when it is first opened.
 

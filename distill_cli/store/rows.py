@@ -39,15 +39,10 @@ class Rows:
         return len(self.sample_id)
 
 
-def first(rows: Rows, n: int) -> Rows:
-    """The first n rows."""
-    return Rows(
-        rows.sample_id[:n],
-        rows.class_id[:n],
-        rows.log_prob[:n],
-        rows.log_tail[:n],
-        None if rows.count is None else rows.count[:n],
-    )
+def at(rows: Rows, which: NDArray[np.int64] | slice) -> Rows:
+    """Some of the rows."""
+    count = None if rows.count is None else rows.count[which]
+    return Rows(rows.sample_id[which], rows.class_id[which], rows.log_prob[which], rows.log_tail[which], count)
 
 
 def trim(rows: Rows, k: int) -> Rows:

@@ -104,13 +104,13 @@ class StoreWriter:
 
         Args:
             rows: by place.
-            hits: the teacher's own, where they are known and the labels are not.
+            hits: the teacher's own, where they are not those of the samples' labels.
             extra: more arrays of the rows; see `shard.EXTRAS`.
 
         Raises:
             OSError: the disk is full or the folder cannot be written; nothing is left under the shard's name.
         """
-        content = encode(self.plan, view, shard, rows, probe_crc, hits or self._hits(rows), extra)
+        content = encode(self.plan, view, shard, rows, probe_crc, hits or self.hits(rows), extra)
         relative = self.generation.path(view, shard)
         path = self.path / relative
         path.parent.mkdir(exist_ok=True)
@@ -137,11 +137,16 @@ class StoreWriter:
         )
         return finished(self.plan, shard, opened, entry)
 
-    def _hits(self, rows: Rows) -> Hits:
-        """Rows whose label is the first class, and among the first five; None where rows do not tell."""
+    def hits(self, rows: Rows, labels: NDArray[np.int64] | None = None) -> Hits:
+        """Rows whose label is the first class, and among the first five; None where rows do not tell.
+
+        Args:
+            labels: of the rows, where they are not those of their samples.
+        """
         if self.labels is None or self.plan.top_k == 0:
             return None, None
-        hits = rows.class_id[:, :5] == self.labels[rows.sample_id.astype(np.int64)][:, None]
+        labels = self.labels[rows.sample_id.astype(np.int64)] if labels is None else labels
+        hits = rows.class_id[:, :5] == labels[:, None]
         if rows.count is not None:
             hits &= np.arange(hits.shape[1]) < rows.count[:, None]
         return int(hits[:, :1].sum()), int(hits.sum()) if has_top5(self.plan) else None

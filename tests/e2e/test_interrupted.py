@@ -36,13 +36,23 @@ def undisturbed(store: Path, folder: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("shards", [0, 3, 6])
 def test_a_killed_capture_ends_in_the_same_bytes(shards, store, teacher, folder, tmp_path):
-    out = tmp_path / "store"
-    process = start(*capture(teacher, folder, out))
+    check_killed_capture(shards, store, capture(teacher, folder, tmp_path / "store"))
+
+
+def test_a_killed_capture_of_mixed_images_ends_in_the_same_bytes(teacher, folder, tmp_path):
+    mixed = ("--set", "data.mixup=0.8", "--set", "data.cutmix=1.0")
+    run(*capture(teacher, folder, tmp_path / "undisturbed"), *mixed)
+    check_killed_capture(4, tmp_path / "undisturbed", (*capture(teacher, folder, tmp_path / "store"), *mixed))
+
+
+def check_killed_capture(shards, store, command):
+    out = Path(command[command.index("--out") + 1])
+    process = start(*command)
     wait_until(lambda: (out / "plan.json").exists() and len(list(out.rglob("shard-*.h5"))) >= shards, process)
     kill(process)
     assert not (out / "manifest.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("shard-*.h5")}
-    assert run_json(*capture(teacher, folder, out))["status"] == "done"
+    assert run_json(*command)["status"] == "done"
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert contents(out) == contents(store)
 

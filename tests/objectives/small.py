@@ -7,12 +7,12 @@ import torch
 from dense import some
 from torch import Tensor, nn
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.loader import Batch, MixedLabels
 from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, top_k
 
 CLASSES = 5
-KINDS = ("fixed", "ragged", "sampled")
-"""Of rows: three classes each; two to four; two and the classes of four draws."""
+KINDS = ("fixed", "ragged", "sampled", "mixed")
+"""Of rows: three classes each; two to four; two and the classes of four draws; three each, of mixed images."""
 
 
 def make_student(seed: int = 0) -> nn.Module:
@@ -38,7 +38,15 @@ def make_batch(size: int = 8, seed: int = 1, kind: str = "fixed") -> Batch:
         sample_ids=torch.arange(size).numpy(),
         views=(0,),
         teacher=make_rows(3 * torch.randn(size, CLASSES, generator=generator), kind),
+        mixed=make_mixed(size, generator) if kind == "mixed" else None,
     )
+
+
+def make_mixed(size: int, generator: torch.Generator) -> MixedLabels:
+    """Labels of partners and lambdas, the last of which is 1."""
+    lam = torch.rand(size, generator=generator)
+    lam[-1] = 1
+    return MixedLabels(torch.randint(CLASSES, (size,), generator=generator), lam)
 
 
 def make_rows(logits: Tensor, kind: str = "fixed") -> SparseLogits:
@@ -55,4 +63,5 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     assert batch.teacher is not None
     images, labels, ids = (values[start:stop] for values in (batch.images, batch.labels, batch.sample_ids))
     rows = some(batch.teacher, slice(start, stop))
-    return replace(batch, images=images, labels=labels, sample_ids=ids, teacher=rows)
+    mixed = batch.mixed and batch.mixed.at(slice(start, stop))
+    return replace(batch, images=images, labels=labels, sample_ids=ids, teacher=rows, mixed=mixed)

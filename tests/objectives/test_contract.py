@@ -115,6 +115,24 @@ def test_it_learns_from_what_it_needs_and_from_nothing_else(
 
 
 @every_objective
+def test_of_mixed_images_it_learns_from_both_labels_or_from_none(case: str) -> None:
+    objective, batch = make(case), make_batch(kind="mixed")
+    assert batch.mixed is not None
+    other = replace(batch, mixed=replace(batch.mixed, partner=(batch.mixed.partner + 1) % CLASSES))
+    learns = not torch.equal(objective(batch).total, objective(other).total)
+    assert learns == ("labels" in objective.needs)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "labels" in OBJECTIVES[CASES[case].name].needs])
+def test_a_partner_without_a_label_fails_loudly(case: str) -> None:
+    objective, batch = make(case), make_batch(kind="mixed")
+    assert batch.mixed is not None
+    bare = replace(batch, mixed=replace(batch.mixed, partner=torch.full_like(batch.labels, -1)))
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        objective(bare)
+
+
+@every_objective
 def test_it_does_without_what_it_does_not_need(case: str) -> None:
     objective, batch = make(case), make_batch()
     if "labels" not in objective.needs:
