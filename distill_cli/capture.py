@@ -35,6 +35,7 @@ from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, sampling_un
 from distill_cli.store.dealing import Dealing
 from distill_cli.store.plan import PROBES, Plan
 from distill_cli.store.rows import Rows
+from distill_cli.store.shard import CONTENT_CRC
 from distill_cli.store.writer import StoreWriter
 from distill_cli.students.build import check_forward
 from distill_cli.teachers import Frozen, load_frozen
@@ -240,6 +241,7 @@ def batches_of(capture: Capture, order: CaptureOrder, numbers: Iterator[int], wo
         drawn=capture.plan.drawn,
         skip_unreadable=capture.recipe.data.skip_unreadable,
         probes=PROBES,
+        with_content_crc=True,
     )
     return load(batches, numbers, world.workers, world.device)
 
@@ -371,7 +373,9 @@ class _Sink:
     def _write(self, piece: Piece, parts: Sequence[Taught]) -> None:
         rows = join(parts, self.capture.plan)
         probes = [crc for taught in parts for crc in taught.batch.probe_crc][:PROBES]
-        self.writer.write(*piece, rows, np.array(probes, np.uint32))
+        contents = [crc for taught in parts for crc in taught.batch.content_crc]
+        extra = {CONTENT_CRC: np.array(contents, np.uint32)} if piece[0] == 0 else {}
+        self.writer.write(*piece, rows, np.array(probes, np.uint32), extra=extra)
         self.claims.release(number_of(self.capture.plan, piece))
         self.rows += len(rows)
 

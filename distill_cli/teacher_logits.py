@@ -181,7 +181,8 @@ def _bytes(plan: Plan, rows: Rows) -> int:
     n = len(rows)
     full, half = (_encoded(plan, first(rows, size)) for size in (n, n // 2))
     per_row = (full - half) / (n - n // 2)
-    return round(plan.views * plan.shards * (full - n * per_row) + plan.rows * per_row)
+    of_contents = 4 * plan.samples
+    return round(plan.views * plan.shards * (full - n * per_row) + plan.rows * per_row) + of_contents
 
 
 def _encoded(plan: Plan, rows: Rows) -> int:

@@ -38,6 +38,9 @@ class DataConfig:
     """`student`: what is left out of a student's image size, mean, std, interpolation and crop_pct is the student's
     own; by default it is what the teacher of its store saw. The crops and all that is drawn are the store's in either
     case."""
+    short_side: Natural | None = None
+    """Pixels of an image's short side before the view begins: larger images are resized to it, whatever is cached; 0,
+    the default, leaves them as they are. An evaluation sees images as they are."""
     image_size: Positive | None = None
     """Pixels of a side of the model's input."""
     mean: Colour | None = None
@@ -96,6 +99,7 @@ class View:
     color_jitter_prob: Fraction = 1.0
     grayscale_prob: Fraction = 0.0
     gaussian_blur_prob: Fraction = 0.0
+    short_side: Natural = 0
 
     @property
     def table(self) -> dict[str, Any]:

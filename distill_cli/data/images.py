@@ -3,6 +3,7 @@
 import io
 import os
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,10 @@ class Readable:
 
     def read(self, sample_id: int) -> Image.Image:
         return self.decode(sample_id, self.content(sample_id))
+
+    def read_with_crc(self, sample_id: int) -> tuple[Image.Image, int]:
+        content = self.content(sample_id)
+        return self.decode(sample_id, content), zlib.crc32(content)
 
 
 def read_file(path: Path) -> bytes:

@@ -9,7 +9,7 @@ import itertools
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from distill_cli.errors import DistillError
 from distill_cli.randomness import derive, preserved
 from distill_cli.sparse import SparseLogits, stacked
 
+T = TypeVar("T")
 Rows = Callable[[int, NDArray[np.int64]], SparseLogits]
 """(view, sample ids) -> the teacher's rows: how a store gives them to the loader."""
 
@@ -44,6 +45,8 @@ class Batch:
     """The messages of images that could not be decoded and are not in the batch."""
     probe_crc: tuple[int, ...] = ()
     """Checksums of its first images, where they were asked for."""
+    content_crc: tuple[int, ...] = ()
+    """CRC-32 of what each of its images was decoded from, where they were asked for."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -178,6 +181,8 @@ class Batches(Dataset["Loaded | DistillError"]):
     skip_unreadable: bool = False
     probes: int = 0
     """Images of each batch that are checksummed."""
+    with_content_crc: bool = False
+    """What images are decoded from is checksummed, in batches of view 0."""
     _ahead: dict[int, SparseLogits] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Rows of this process's next batches, by number."""
 
@@ -199,7 +204,7 @@ class Batches(Dataset["Loaded | DistillError"]):
         """
         first, wanted = self.order(number)
         views = self._views(first)
-        images, ids, skipped = self._read(wanted)
+        images, ids, skipped, content_crc = self._read(wanted, self.with_content_crc and first == 0)
         sample_ids = np.array(ids, np.int64)
         teacher = self._teacher(number, len(wanted)) if self.rows else None
         if teacher is not None and skipped:
@@ -219,6 +224,7 @@ class Batches(Dataset["Loaded | DistillError"]):
             teacher=teacher,
             skipped=tuple(skipped),
             probe_crc=probe_crc,
+            content_crc=tuple(content_crc),
         )
         return Loaded(batch, pixels)
 
@@ -230,19 +236,26 @@ class Batches(Dataset["Loaded | DistillError"]):
         """(seed, view) by which a view is drawn."""
         return self.drawn[view] if self.drawn else (self.seed, view)
 
-    def _read(self, wanted: NDArray[np.int64]) -> tuple[list[Image.Image], list[int], list[str]]:
-        """The images that can be decoded, their ids, and what is said of the others."""
-        images, ids, skipped = [], [], []
+    def _read(
+        self, wanted: NDArray[np.int64], with_crc: bool
+    ) -> tuple[list[Image.Image], list[int], list[str], list[int]]:
+        """The images that can be decoded, their ids, what is said of the others, and the checksums of contents."""
+        images, ids, skipped, content_crc = list[Image.Image](), list[int](), list[str](), list[int]()
         for sample_id in wanted.tolist():
             try:
-                images.append(self.source.read(sample_id))
+                if with_crc:
+                    image, crc = self.source.read_with_crc(sample_id)
+                    content_crc.append(crc)
+                else:
+                    image = self.source.read(sample_id)
             except UnreadableImage as error:
                 if not self.skip_unreadable:
                     raise
                 skipped.append(str(error))
                 continue
+            images.append(self.transform.reduced(image))
             ids.append(sample_id)
-        return images, ids, skipped
+        return images, ids, skipped, content_crc
 
     def _teacher(self, number: int, size: int) -> SparseLogits:
         """The rows of a batch, read for several batches at once: a shard then gives several each time."""
@@ -281,27 +294,51 @@ def load(batches: Batches, numbers: Iterable[int], workers: int, device: torch.d
     Raises:
         DistillError: what a batch met, or a worker that died.
     """
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_main,
-    )
-    loaded = _checked(iter(loader))
+    loaded = in_workers(batches, numbers, workers, pin_memory=device.type == "cuda")
     try:
         if device.type == "cuda":
             yield from _ahead_of_use(loaded, batches.transform, device)
         else:
             yield from (drawn.to(device).finished(batches.transform) for drawn in loaded)
     finally:
+        loaded.close()
+
+
+def in_workers(
+    dataset: "Dataset[T | DistillError]", numbers: Iterable[int], workers: int, pin_memory: bool = False
+) -> Generator[T]:
+    """What a data set has at these numbers, in order, ahead of use.
+
+    Args:
+        workers: processes that load; 0 loads in this one.
+
+    Raises:
+        DistillError: what the data set hands over as such, or a worker that died.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_main,
+    )
+    loaded = _checked(iter(loader))
+    try:
+        yield from loaded
+    finally:
         # An error holds this frame, and the frame the workers: let go of them here, not when garbage is collected.
         loaded.close()
         del loader, loaded
 
 
-def _checked(loaded: Iterator[Loaded | DistillError]) -> Generator[Loaded]:
+def _as_it_is(item: T) -> T:
+    # torch's own would make a tensor of an array.
+    return item
+
+
+def _checked(loaded: "Iterator[T | DistillError]") -> Generator[T]:
     """
     Raises:
         DistillError: what a batch met, or a worker that died.

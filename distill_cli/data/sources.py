@@ -60,6 +60,14 @@ class Source(Protocol):
         """
         ...
 
+    def read_with_crc(self, sample_id: int) -> tuple[Image.Image, int]:
+        """One image as RGB, and the CRC-32 of its content.
+
+        Raises:
+            UnreadableImage: as `read`.
+        """
+        ...
+
 
 def without_labels(source: Source) -> Source:
     """The same images with their labels and classes left out."""

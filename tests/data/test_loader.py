@@ -152,6 +152,14 @@ def test_batches_leave_the_generators_alone(batches: Batches) -> None:
         assert (random.random(), np.random.random(), torch.rand(2).tolist()) == expected
 
 
+def test_several_views_begin_with_the_smaller_image(batches: Batches, transform: Transform) -> None:
+    small = replace(batches, transform=replace(transform, short_side=30), views_per_read=2)
+    loaded = small.load(0)
+    for place, (view, sample_id) in enumerate(zip(np.repeat([0, 1], 4), loaded.sample_ids.tolist(), strict=True)):
+        alone = small.transform([small.source.read(sample_id)], small.seed, int(view), [sample_id])[0]
+        assert torch.equal(loaded.images[place], alone)
+
+
 def test_data_without_labels_has_label_minus_one(batches: Batches, source: Source, transform: Transform) -> None:
     bare = Batches(without_labels(source), transform, batches.order, seed=3)
     assert bare.load(0).labels.tolist() == [-1] * 4
