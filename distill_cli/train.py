@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoints, load_checkpoint, save_checkpoint
-from distill_cli.data import absolute
+from distill_cli.data import absolute, image_cache
+from distill_cli.data.image_cache import cached
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
@@ -79,6 +80,9 @@ class Bill:
     hours: float
     checkpoint_bytes: int
     free_bytes: int
+    cache_bytes: int | None
+    """What `--cache` will take besides; the hours are without it."""
+    cache_free_bytes: int | None
 
 
 def train(recipe: Recipe, out: Path, world: World, report: Report | None = None) -> Summary:
@@ -135,11 +139,15 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
         hours=round(setup.steps * setup.order.images_per_step / images_per_s / 3600, 4) if images_per_s else 0.0,
         checkpoint_bytes=3 * weights,
         free_bytes=free_bytes(out),
+        **image_cache.bill(
+            recipe.data, (setup.source, "train", setup.drawn_from.short_side), (setup.validation, "val", 0)
+        ),
     )
 
 
 def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     """The training loop: from the newest checkpoint, or from the start, to the last step and the result."""
+    setup = _with_caches(setup, world, report)
     config, objective, order = setup.recipe.train, setup.objective, setup.order
     optimizer = build_optimizer(objective, config)
     done = _resume(setup, out, optimizer, report)
@@ -183,6 +191,13 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
             if stop:
                 raise stopped(stop, f"{out}: saved at step {done.step} of {setup.steps}; the same command goes on")
     return _finish(setup, out, done, world, report)
+
+
+def _with_caches(setup: Experiment, world: World, report: Report) -> Experiment:
+    """The same with its images read from `data.cache`, where there is one."""
+    config, val = setup.recipe.data, setup.validation
+    source = cached(setup.source, config, "train", setup.drawn_from.short_side, world, report)
+    return replace(setup, source=source, val=None if val is None else cached(val, config, "val", 0, world, report))
 
 
 def _step(
@@ -311,7 +326,7 @@ def _numbers(accuracy: Accuracy) -> dict[str, float]:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """So that `eval RUN` finds the data from any folder."""
     data, store = recipe.data, recipe.store.path
-    places = {f"data.{key}": getattr(data, key) for key in ("path", "val", "root")}
+    places = {f"data.{key}": getattr(data, key) for key in ("path", "val", "root", "cache")}
     settled = {key: absolute(place) for key, place in places.items() if place}
     if store and "://" not in store:
         settled["store.path"] = str(Path(store).resolve())

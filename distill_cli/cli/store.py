@@ -77,6 +77,7 @@ def check(
     teacher_weights: options.TeacherWeights = None,
     pretrained: options.Pretrained = False,
     data: options.Data = None,
+    cache: options.Cache = None,
     files: Annotated[
         bool, typer.Option("--files", help="Instead of the teacher: read every file once and name those that changed.")
     ] = False,
@@ -111,6 +112,7 @@ def check(
             ("--teacher-weights", "teacher.weights", teacher_weights),
             ("--pretrained", "teacher.pretrained", pretrained),
             ("--data", "data.path", data),
+            ("--cache", "data.cache", cache),
             ("--batch-size", "store.batch_size", batch_size),
             ("--workers", "runtime.workers", workers),
             ("--device", "runtime.device", device),
@@ -139,6 +141,7 @@ def extend(
     teacher_weights: options.TeacherWeights = None,
     pretrained: options.Pretrained = False,
     data: options.Data = None,
+    cache: options.Cache = None,
     shards: options.Shards = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
@@ -161,6 +164,7 @@ def extend(
             ("--teacher-weights", "teacher.weights", teacher_weights),
             ("--pretrained", "teacher.pretrained", pretrained),
             ("--data", "data.path", data),
+            ("--cache", "data.cache", cache),
             ("--batch-size", "store.batch_size", batch_size),
             ("--workers", "runtime.workers", workers),
             ("--device", "runtime.device", device),

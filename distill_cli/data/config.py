@@ -23,6 +23,8 @@ class DataConfig:
     """Other data to validate on, where `path` has no validation split."""
     root: str | None = None
     """Of a list: what its paths are relative to; of `timm:NAME`: where the data set lies."""
+    cache: str | None = None
+    """A folder for decoded images, which changes no pixel of what a model sees."""
     cache_listing: bool = True
     """Keep the listing of a large tree, and the index of tars, in the user's cache."""
     cache_gb: PositiveFloat | None = None
