@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from command_line import DISTIL, TRAIN, Cli, Made, Refused, capture
 from PIL import Image
+from torch.utils.data import get_worker_info
+
+from distill_cli.data.folder import ImageFolder
 
 CORRUPT = b"\xff\xd8\xff\xe0 no JPEG"
 
@@ -105,6 +109,28 @@ def test_faulty_images_together_are_skipped_and_counted(distill: Cli, copied: Pa
     result = distill(*capture(run.path, copied, out), "--workers", "1", "--skip-unreadable", "--json", "--quiet")
     assert (result.code, result.json["skipped"], result.json["rows"]) == (0, 4, 72), result
     assert result.err == f"warning: {out}: 4 images could not be decoded and have no rows\n"
+
+
+def test_a_loader_process_that_is_killed(
+    distill: Cli, refused: Refused, folder: Path, run: Made, store: Made, tmp_path: Path
+) -> None:
+    content = ImageFolder.content
+
+    def die(self: ImageFolder, sample_id: int) -> bytes:
+        if get_worker_info() is not None and sample_id == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return content(self, sample_id)
+
+    command = (*capture(run.path, folder, tmp_path / "s"), "--workers", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFolder, "content", die)
+        said = refused(1, *command)
+    assert said.startswith("DataLoader worker")
+    assert said.endswith("Run the same command again to go on")
+    assert distill(*command, "--quiet").code == 0
+    for path in store.path.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "s" / path.relative_to(store.path)).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(
