@@ -3,6 +3,7 @@
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,8 +131,12 @@ def _read(
     store: Store, source: Source, sample_ids: NDArray[np.int64], world: World, report: Report
 ) -> NDArray[np.int64]:
     numbers, found = range(-(-len(sample_ids) // FILES)), []
-    with Signals() as signals, report.progress("check", len(sample_ids), unit="files") as progress:
-        for part in in_workers(_Contents(source, sample_ids), numbers, world.workers):
+    with (
+        Signals() as signals,
+        report.progress("check", len(sample_ids), unit="files") as progress,
+        closing(in_workers(_Contents(source, sample_ids), numbers, world.workers)) as read,
+    ):
+        for part in read:
             found.append(part)
             progress.advance(len(part))
             if signals.received:

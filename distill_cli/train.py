@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoints, load_checkpoint, save_checkpoint
 from distill_cli.data import absolute, image_cache
-from distill_cli.data.image_cache import cached
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
@@ -196,8 +195,10 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
 def _with_caches(setup: Experiment, world: World, report: Report) -> Experiment:
     """The same with its images read from `data.cache`, where there is one."""
     config, val = setup.recipe.data, setup.validation
-    source = cached(setup.source, config, "train", setup.drawn_from.short_side, world, report)
-    return replace(setup, source=source, val=None if val is None else cached(val, config, "val", 0, world, report))
+    source = image_cache.cached(setup.source, config, "train", setup.drawn_from.short_side, world, report)
+    if val is not None:
+        val = image_cache.cached(val, config, "val", 0, world, report)
+    return replace(setup, source=source, val=val)
 
 
 def _step(

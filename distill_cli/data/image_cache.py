@@ -15,6 +15,7 @@ thousands; the bytes lie in the page cache, where all processes share them, in e
 """
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -399,13 +400,19 @@ def _pass(
 ) -> set[int]:
     """Write all shards that can be claimed; gives those."""
     mine = set[int]()
-    for shard in in_workers(_Shards(cache, skip_unreadable), _claimed(cache, missing, claims), world.workers):
-        _temporary(cache, shard).replace(cache.path(shard))
-        fsync_directory(cache.folder)
-        claims.release(shard)
-        mine.add(shard)
-        progress.advance(len(cache.identity.sample_ids(shard)))
-        _stop(signals, cache)
+    claimed = _claimed(cache, missing, claims)
+    first = next(claimed, None)
+    if first is None:
+        return mine
+    numbers = itertools.chain([first], claimed)
+    with contextlib.closing(in_workers(_Shards(cache, skip_unreadable), numbers, world.workers)) as written:
+        for shard in written:
+            _temporary(cache, shard).replace(cache.path(shard))
+            fsync_directory(cache.folder)
+            claims.release(shard)
+            mine.add(shard)
+            progress.advance(len(cache.identity.sample_ids(shard)))
+            _stop(signals, cache)
     return mine
 
 

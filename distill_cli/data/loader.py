@@ -6,6 +6,8 @@ and nothing about it needs saving.
 
 import functools
 import itertools
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -322,7 +324,7 @@ def in_workers(
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=_begin_worker,
     )
     loaded = _checked(iter(loader))
     try:
@@ -387,7 +389,11 @@ def _arrived(batch: Batch, there: torch.cuda.Event) -> Batch:
     return batch
 
 
-def _leave_signals_to_main(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and multiprocessing.get_start_method() == "fork" and os.getppid() != parent.pid:
+        # It was killed before torch began to watch it, and torch would watch whoever it has now, for ever.
+        os._exit(1)
     # Ctrl-C reaches the whole process group; the main process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

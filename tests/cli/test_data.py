@@ -177,3 +177,16 @@ def test_a_link_loop_in_the_tree(refused: Refused, copied: Path, tmp_path: Path)
     (copied / "train/bag/again").symlink_to(copied / "train")
     said = refused(2, "train", *TRAIN, "--data", copied, "--out", tmp_path / "r")
     assert said == f"{copied}/train/bag/again: links back to {copied}/train, which it is in; remove the link"
+
+
+def test_a_loader_process_that_is_killed_while_the_teacher_works(
+    refused: Refused, folder: Path, run: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises in the midst of it."""
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("distill_cli.capture.teach", killed)
+    said = refused(1, *capture(run.path, folder, tmp_path / "s"))
+    assert said == "DataLoader worker (pid 7) is killed by signal: Killed. Run the same command again to go on"

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batch, Batches, ListingOrder, Order, TrainingOrder, load
+from distill_cli.data.loader import Batch, Batches, ListingOrder, Order, TrainingOrder, _begin_worker, load
 from distill_cli.data.sources import Source, UnreadableImage, without_labels
 from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
 from distill_cli.errors import DistillError
@@ -239,6 +240,29 @@ def test_a_worker_that_dies_is_an_error_of_one_line(images: ArraySource, transfo
     with pytest.raises(DistillError, match=r"worker .* Run the same command again to go on") as caught:
         _loaded(Batches(dying, transform, ListingOrder(np.arange(4), 2)), range(2), workers=1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_worker_whose_parent_is_gone_before_it_begins_ends() -> None:
+    reading, writing = os.pipe()
+
+    def work() -> None:
+        parent = os.getppid()
+        os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        os.write(writing, b"an orphan")
+        _begin_worker(0)
+        os.write(writing, b" works")
+
+    parent = os.fork()
+    if parent == 0:
+        multiprocessing.get_context("fork").Process(target=work).start()
+        time.sleep(60)
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(parent, 0)
+    with os.fdopen(reading) as said:
+        assert said.read() == "an orphan"
 
 
 def test_workers_are_gone_as_soon_as_the_work_has_ended(damaged: Source, transform: Transform) -> None:
