@@ -356,18 +356,17 @@ def _in_child(work: Callable[[], object]) -> int:
     return child
 
 
-def test_killed_at_many_moments_the_same_command_finishes(
-    open_cache: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    open_cache(workers=2)
+def test_killed_at_many_moments_the_same_command_finishes(open_cache: Open, tmp_path: Path) -> None:
+    start = time.monotonic()
+    os.waitpid(_in_child(lambda: open_cache(workers=2)), 0)
+    undisturbed = time.monotonic() - start
     whole = _files(tmp_path)
-    shutil.rmtree(tmp_path / "cache")
-    read = ImageFolder.read_with_crc
-    monkeypatch.setattr(ImageFolder, "read_with_crc", lambda self, i: (time.sleep(0.01), read(self, i))[1])
     draw, kills = np.random.default_rng(0), 0
-    for _ in range(12):
+    for number in range(20):
+        if number % 5 == 0:
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         child = _in_child(lambda: open_cache(workers=2))
-        time.sleep(draw.uniform(0.02, 0.25))
+        time.sleep(draw.uniform(0, undisturbed))
         os.kill(child, signal.SIGKILL)
         kills += os.waitpid(child, 0)[1] == signal.SIGKILL
         found = _files(tmp_path) if (tmp_path / "cache/train").exists() else {}
@@ -393,7 +392,7 @@ def test_a_worker_that_dies_is_one_line_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(ImageFolder, "read_with_crc", die)
         # RuntimeError where the signal comes while this process gives a shard its name; the command line says the same.
-        with pytest.raises((DistillError, RuntimeError), match="DataLoader worker .* is killed by signal"):
+        with pytest.raises((DistillError, RuntimeError), match=r"DataLoader worker .*"):
             open_cache(workers=1)
     assert not {"shard-00002.rgb", "manifest.json"} & _files(tmp_path).keys()
     assert _pixels(open_cache(workers=1)) == _pixels(_source(folder))
