@@ -37,6 +37,7 @@ from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, sampling_un
 from distill_cli.store.dealing import Dealing, Following
 from distill_cli.store.plan import PROBES, Plan
 from distill_cli.store.rows import Rows, at
+from distill_cli.store.shard import CONTENT_CRC
 from distill_cli.store.writer import StoreWriter
 from distill_cli.students.build import check_forward
 from distill_cli.teachers import Frozen, load_frozen
@@ -274,6 +275,7 @@ def batches_of(capture: Capture, order: CaptureOrder, numbers: Iterator[int], wo
         skip_unreadable=capture.recipe.data.skip_unreadable,
         partners=capture_partners(capture.plan, capture.view),
         probes=capture.plan.dealing,
+        with_content_crc=True,
     )
     return load(batches, numbers, world.workers, world.device)
 
@@ -409,9 +411,12 @@ class _Sink:
         rows = join(parts, plan)
         by_place = np.argsort(plan.dealing.place(rows.sample_id))
         rows, labels = at(rows, by_place), np.concatenate([taught.labels.numpy() for taught in parts])[by_place]
+        ids = rows.sample_id.tolist()
         crc = {sample_id: crc for taught in parts for sample_id, crc in taught.batch.probe_crc.items()}
-        probes = [crc[sample_id] for sample_id in rows.sample_id[:PROBES].tolist()]
-        self.writer.write(*piece, rows, np.array(probes, np.uint32), self.writer.hits(rows, labels))
+        probes = np.array([crc[sample_id] for sample_id in ids[:PROBES]], np.uint32)
+        contents = {sample_id: crc for taught in parts for sample_id, crc in taught.batch.content_crc.items()}
+        extra = {CONTENT_CRC: np.array([contents[i] for i in ids], np.uint32)} if piece[0] == 0 else {}
+        self.writer.write(*piece, rows, probes, self.writer.hits(rows, labels), extra)
         self.claims.release(number_of(plan, piece))
         self.rows += len(rows)
 

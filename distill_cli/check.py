@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from distill_cli.capture import Capture, CaptureOrder, logits_of, rows_of
 from distill_cli.data import open_train
+from distill_cli.data.image_cache import cached
 from distill_cli.data.images import printable
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.sources import Source
@@ -198,6 +199,7 @@ def _open(recipe: Recipe, store: Store, world: World, report: Report) -> list[Ca
     view = stored_view(recipe.data, store.plan.transform, f"store {store}")
     teacher.model.to(world.device)
     check_forward(teacher.model, f"teacher {teacher.name}", view.image_size)
+    source = cached(source, recipe.data, "train", view.short_side, world, report)
     return [Capture(recipe, {}, teacher, source, view, generation.plan) for generation in store.generations]
 
 

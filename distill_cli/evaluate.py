@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.checkpoint import RECIPE
-from distill_cli.data import open_train, open_val
+from distill_cli.data import image_cache, open_train, open_val
 from distill_cli.data.loader import Batch, Batches, ListingOrder, load
 from distill_cli.data.sources import Source, check_classes
 from distill_cli.data.views import (
@@ -71,6 +71,9 @@ class Bill:
     parameters_m: float
     images_per_s: float
     hours: float
+    cache_bytes: int | None
+    """What `--cache` will take; the hours are without it."""
+    cache_free_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def evaluate(recipe: Recipe, run: str | None, world: World, report: Report | Non
     """
     report = report or Report()
     start = time.monotonic()
-    opened = _open(recipe, run, world, report)
+    opened = _with_caches(_open(recipe, run, world, report), world, report)
     ready = time.monotonic()
     accuracy = agreement = None
     if opened.source.labels is not None:
@@ -168,6 +171,7 @@ def bill(recipe: Recipe, run: str | None, world: World, report: Report | None = 
         parameters_m=parameters_in_millions(model),
         images_per_s=round(images_per_s, 1),
         hours=round((len(opened.source) + rows) / images_per_s / 3600, 4),
+        **image_cache.bill(opened.recipe.data, *_parts(opened)),
     )
 
 
@@ -251,6 +255,26 @@ def _stored_images(recipe: Recipe, frozen: Frozen, store: Store) -> Source:
     raise refusal or MismatchError(f"store {store}: is not of the data {recipe.data.path}")
 
 
+def _parts(opened: _Evaluation) -> tuple[tuple[Source | None, str, int], tuple[Source | None, str, int]]:
+    """What is read: source, part of the cache, short side."""
+    short_side = 0 if opened.store is None else _taught(opened.store).short_side
+    evaluated = None if opened.source.labels is None else opened.source
+    return (evaluated, "val", 0), (opened.stored, "train", short_side)
+
+
+def _with_caches(opened: _Evaluation, world: World, report: Report) -> _Evaluation:
+    """The same with its images read from `data.cache`, where there is one."""
+    source, stored = (
+        None if part is None else image_cache.cached(part, opened.recipe.data, name, short_side, world, report)
+        for part, name, short_side in _parts(opened)
+    )
+    return replace(opened, source=source or opened.source, stored=stored)
+
+
+def _taught(store: Store) -> View:
+    return read_view(store.plan.transform, f"store {store}")
+
+
 def _batches(opened: _Evaluation, world: World) -> Iterator[Batch]:
     config = opened.recipe
     return every_image(opened.source, opened.view, config.eval.batch_size, config.data.skip_unreadable, world)
@@ -259,7 +283,7 @@ def _batches(opened: _Evaluation, world: World) -> Iterator[Batch]:
 def _stored_batches(opened: _Evaluation, store: Store, world: World) -> Iterator[Batch]:
     """The store's rows of view 0 with what the teacher saw, at the size and in the colours of the model."""
     assert opened.stored is not None
-    taught = read_view(store.plan.transform, f"store {store}")
+    taught = _taught(store)
     prove_replay(store, opened.stored, train_transform(taught))
     own = student_view(DataConfig(), taught, {name: getattr(opened.view, name) for name in SEEN})
     transform = train_transform(taught, own)

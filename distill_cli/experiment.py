@@ -85,7 +85,12 @@ class Experiment:
     @property
     def transform(self) -> Transform:
         """What makes the student's inputs."""
-        return train_transform(self.taught or self.view, self.view)
+        return train_transform(self.drawn_from, self.view)
+
+    @property
+    def drawn_from(self) -> View:
+        """The view whose draws the student sees: the teacher's, where there is one."""
+        return self.taught or self.view
 
     @property
     def steps(self) -> int:
@@ -101,7 +106,12 @@ class Experiment:
 
     def validates_at(self, step: int) -> bool:
         """After each epoch, and after the last step."""
-        return self.val is not None and self.val.labels is not None and step > 0 and self.ends_at(step)
+        return self.validation is not None and step > 0 and self.ends_at(step)
+
+    @property
+    def validation(self) -> Source | None:
+        """The images that are validated on."""
+        return None if self.val is None or self.val.labels is None else self.val
 
     def ends_at(self, step: int) -> bool:
         """An epoch, or the run."""

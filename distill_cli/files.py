@@ -88,18 +88,21 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def check_ours(folder: Path, marks: tuple[str, ...], what: str) -> None:
+def check_ours(folder: Path, marks: tuple[str, ...], what: str, option: str = "--out") -> None:
     """Refuse a directory that has files in it but none of `marks`: it is somebody else's.
+
+    Args:
+        option: that names it.
 
     Raises:
         UsageError: the path is a file, or holds other things than a `what`.
     """
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder}: is a file; --out names the directory of a {what}")
+        raise UsageError(f"{folder}: is a file; {option} names the directory of a {what}")
     if folder.is_dir():
         names = {entry.name for entry in folder.iterdir() if not entry.name.startswith((LOCK, TEMPORARY))}
         if names and not names & set(marks):
-            raise UsageError(f"{folder}: is not empty and not a {what}; choose another --out")
+            raise UsageError(f"{folder}: is not empty and not a {what}; choose another {option}")
 
 
 def fsync_directory(folder: Path) -> None:

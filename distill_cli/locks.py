@@ -76,11 +76,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shared(folder: Path, without_locks: bool = False) -> Iterator[Claims]:
+def shared(
+    folder: Path, without_locks: bool = False, advice: str = "give each process its own part by --shards A:B"
+) -> Iterator[Claims]:
     """Make `folder` and work there beside others who share it.
 
     Args:
         without_locks: where the file system has no locks, go on without.
+        advice: to who may not.
 
     Raises:
         BusyError: another process has it alone.
@@ -98,9 +101,7 @@ def shared(folder: Path, without_locks: bool = False) -> Iterator[Claims]:
             if error.errno not in _NO_LOCKS:
                 raise
             if not without_locks:
-                raise UsageError(
-                    f"{folder}: its file system has no locks; give each process its own part by --shards A:B"
-                ) from error
+                raise UsageError(f"{folder}: its file system has no locks; {advice}") from error
             file = None
         yield Claims(file)
 

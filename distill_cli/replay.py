@@ -1,5 +1,6 @@
 """The proof that a store and some images belong together: same listing, same classes, same pixels."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +72,7 @@ def prove_shard(store: Store, view: int, shard: int, source: Source, transform: 
         if found != expected:
             raise MismatchError(
                 f"store {store}: view {view} of {printable(source.keys[sample_id])} does not replay to the pixels that "
-                f"the teacher saw; {_cause(plan.software)}"
+                f"the teacher saw; {_cause(store, plan.software)}"
             )
     return len(opened.probe_crc)
 
@@ -115,10 +116,12 @@ class SparseRows:
         )
 
 
-def _cause(software: object) -> str:
-    assert isinstance(software, dict)
+def _cause(store: Store, software: Mapping[str, str]) -> str:
     here = versions()
     other = [f"{name} {was} there, {here.get(name)} here" for name, was in software.items() if here.get(name) != was]
     if other:
         return f"versions differ: {', '.join(other)}; install those of the store"
-    return "the library versions are the store's, so the image files have changed; restore them, or write a new store"
+    return (
+        "the library versions are the store's, so the image files have changed: "
+        f'"distill store check {store} --data DATA --files" names them; restore them, or write a new store'
+    )

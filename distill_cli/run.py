@@ -60,7 +60,7 @@ def _short(value: Any) -> str:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """So that `eval RUN` finds the data from any folder."""
     data, store = recipe.data, recipe.store.path
-    places = {f"data.{key}": getattr(data, key) for key in ("path", "val", "root")}
+    places = {f"data.{key}": getattr(data, key) for key in ("path", "val", "root", "cache")}
     settled = {key: absolute(place) for key, place in places.items() if place}
     files = {"train.init_from": recipe.train.init_from, "student.class_map": recipe.student.class_map}
     settled |= {key: str(Path(place).resolve()) for key, place in files.items() if place}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from distill_cli.capture import Capture, CaptureOrder, Piece, Taught, batches_of, fill, join, open_capture, teach
+from distill_cli.data import image_cache
 from distill_cli.distributed import World
 from distill_cli.errors import UsageError
 from distill_cli.files import check_ours, free_bytes
@@ -69,6 +70,9 @@ class Bill:
     half_top_k_mass: float | None
     half_views: int | None
     """`--views` with half the bytes and half the hours; None where there is only one."""
+    cache_bytes: int | None
+    """What `--cache` will take besides; the hours are without it."""
+    cache_free_bytes: int | None
 
 
 def teacher_logits(
@@ -112,6 +116,9 @@ def write_generation(
     if manifest is not None:
         report.stage(f"{out}: complete already, {manifest.rows} rows")
         return _summary("already_done", out, plan, manifest, None, time.monotonic() - start)
+    source, short_side = capture.source, capture.view.short_side
+    source = image_cache.cached(source, capture.recipe.data, "train", short_side, world, report)
+    capture = replace(capture, source=source)
     with shared(out, without_locks=shards is not None) as claims:
         with claims.desk():
             writer = StoreWriter(out, generation, capture.source.labels)
@@ -174,6 +181,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
         half_top_k=half_k,
         half_top_k_mass=None if half_k is None else _mass(rows, half_k),
         half_views=plan.views // 2 or None,
+        **image_cache.bill(recipe.data, (capture.source, "train", capture.view.short_side)),
     )
 
 
@@ -182,7 +190,8 @@ def _bytes(plan: Plan, rows: Rows) -> int:
     n = len(rows)
     full, half = (_encoded(plan, at(rows, slice(size))) for size in (n, n // 2))
     per_row = (full - half) / (n - n // 2)
-    return round(plan.views * plan.shards * (full - n * per_row) + plan.rows * per_row)
+    of_contents = 4 * plan.samples
+    return round(plan.views * plan.shards * (full - n * per_row) + plan.rows * per_row) + of_contents
 
 
 def _encoded(plan: Plan, rows: Rows) -> int:

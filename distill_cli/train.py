@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distill_cli.accumulate import backward
 from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoint_path, checkpoint_tensors, snapshot
 from distill_cli.clipping import clip_gradients
+from distill_cli.data import image_cache
 from distill_cli.data.loader import Batch
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
@@ -74,6 +75,9 @@ class Bill:
     hours: float
     checkpoint_bytes: int
     free_bytes: int
+    cache_bytes: int | None
+    """What `--cache` will take besides; the hours are without it."""
+    cache_free_bytes: int | None
 
 
 def train(recipe: Recipe, out: Path, world: World, report: Report | None = None) -> Summary:
@@ -130,11 +134,15 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
         hours=round(setup.steps * setup.order.images_per_step / images_per_s / 3600, 4) if images_per_s else 0.0,
         checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         free_bytes=free_bytes(out),
+        **image_cache.bill(
+            recipe.data, (setup.source, "train", setup.drawn_from.short_side), (setup.validation, "val", 0)
+        ),
     )
 
 
 def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     """The training loop: from the newest checkpoint, or from the start, to the last step and the result."""
+    setup = _with_caches(setup, world, report)
     config, objective, order = setup.recipe.train, setup.objective, setup.order
     done = _resume(setup, out, report)
     if setup.store is not None:
@@ -187,6 +195,15 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
                 raise stopped(stop, f"{out}: saved at step {done.step} of {setup.steps}; the same command goes on")
         saver.wait()
     return _finish(setup, out, done, world, report)
+
+
+def _with_caches(setup: Experiment, world: World, report: Report) -> Experiment:
+    """The same with its images read from `data.cache`, where there is one."""
+    config, val = setup.recipe.data, setup.validation
+    source = image_cache.cached(setup.source, config, "train", setup.drawn_from.short_side, world, report)
+    if val is not None:
+        val = image_cache.cached(val, config, "val", 0, world, report)
+    return replace(setup, source=source, val=val)
 
 
 def _step(

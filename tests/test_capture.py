@@ -237,12 +237,12 @@ class Slow(StoreWriter):
 
     leave = threading.Event()
 
-    def write(self, *_: object) -> None:
+    def write(self, *_: object, **__: object) -> None:
         self.leave.wait(30)
 
 
 class Full(StoreWriter):
-    def write(self, *_: object) -> None:
+    def write(self, *_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "shard")
 
 

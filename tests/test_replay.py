@@ -100,7 +100,7 @@ def test_changed_pixels_are_found_and_their_image_named(source: ImageFolder, vie
     with pytest.raises(MismatchError) as caught:
         prove_replay(store, source, train_transform(view))
     assert f"view 0 of {source.keys[proven]} does not replay to the pixels that the teacher saw" in str(caught.value)
-    assert "so the image files have changed; restore them" in str(caught.value)
+    assert f'have changed: "distill store check {store} --data DATA --files" names them; restore' in str(caught.value)
     assert caught.value.exit_code == 3
 
 

@@ -66,6 +66,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(f"{where}{(error.strerror or str(error)).lower()}{_advice(error)}", 1)
     except Exception as error:
         reason = " ".join(str(error).split())
+        if "DataLoader worker" in reason:
+            # torch says so by a signal, in whatever the main process is about.
+            _fail(f"{reason} Run the same command again to go on", 1)
         _fail(f"unexpected {type(error).__name__}: {reason}; DISTILL_DEBUG=1 shows the traceback", 1)
     sys.exit(code if isinstance(code, int) else 0)
 

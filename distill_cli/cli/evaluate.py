@@ -20,6 +20,7 @@ def command(
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Of --model: timm's own weights.")] = False,
     data: options.Data = None,
+    cache: options.Cache = None,
     store: options.StorePath = None,
     trust: options.Trust = False,
     fail_below: Annotated[
@@ -54,6 +55,7 @@ def command(
             ("--weights", "eval.weights", weights),
             ("--pretrained", "student.pretrained", pretrained),
             ("--data", "data.path", data),
+            ("--cache", "data.cache", cache),
             ("--store", "store.path", store),
             ("--trust", "store.trust", trust),
             ("--fail-below", "eval.fail_below", fail_below),

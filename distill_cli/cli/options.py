@@ -36,6 +36,10 @@ Data = Annotated[
         help="A folder, list, HDF5 or IDX of images; `wds:TARS`, `hf:DIR`, `timm:NAME`, or `sample`.",
     ),
 ]
+Cache = Annotated[
+    str | None,
+    typer.Option("--cache", metavar="DIR", help="Keep decoded images there, for data that is read many times."),
+]
 Student = Annotated[
     str | None,
     typer.Option("--student", metavar="NAME", help="An alias or any timm name.", autocompletion=_complete_model),

@@ -77,6 +77,10 @@ def check(
     teacher_weights: options.TeacherWeights = None,
     pretrained: options.Pretrained = False,
     data: options.Data = None,
+    cache: options.Cache = None,
+    files: Annotated[
+        bool, typer.Option("--files", help="Instead of the teacher: read every file once and name those that changed.")
+    ] = False,
     rows: Annotated[
         int, typer.Option("--rows", metavar="N", min=1, help="Rows to compare; whole batches are taken.")
     ] = 2000,
@@ -93,8 +97,9 @@ def check(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Run the teacher again on some rows and compare; exit 3 if they differ beyond the tolerance."""
+    """Run the teacher again on some rows and compare, or look at the files; exit 3 if they are not the store's."""
     from distill_cli.check import check, check_passed
+    from distill_cli.check_files import check_files, check_unchanged
     from distill_cli.distributed import world
     from distill_cli.recipe import load
 
@@ -107,6 +112,7 @@ def check(
             ("--teacher-weights", "teacher.weights", teacher_weights),
             ("--pretrained", "teacher.pretrained", pretrained),
             ("--data", "data.path", data),
+            ("--cache", "data.cache", cache),
             ("--batch-size", "store.batch_size", batch_size),
             ("--workers", "runtime.workers", workers),
             ("--device", "runtime.device", device),
@@ -114,6 +120,12 @@ def check(
         ),
     )
     with world(loaded.recipe.runtime) as here:
+        if files:
+            found = check_files(loaded.recipe, here, report_for(here, quiet))
+            if here.is_main:
+                print_result(found, as_json)
+            check_unchanged(found)
+            return
         summary = check(loaded.recipe, here, report_for(here, quiet), rows, tolerance, seed)
         if here.is_main:
             print_result(summary, as_json)
@@ -129,6 +141,7 @@ def extend(
     teacher_weights: options.TeacherWeights = None,
     pretrained: options.Pretrained = False,
     data: options.Data = None,
+    cache: options.Cache = None,
     shards: options.Shards = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
@@ -151,6 +164,7 @@ def extend(
             ("--teacher-weights", "teacher.weights", teacher_weights),
             ("--pretrained", "teacher.pretrained", pretrained),
             ("--data", "data.path", data),
+            ("--cache", "data.cache", cache),
             ("--batch-size", "store.batch_size", batch_size),
             ("--workers", "runtime.workers", workers),
             ("--device", "runtime.device", device),

@@ -16,6 +16,7 @@ def command(
     teacher_weights: options.TeacherWeights = None,
     pretrained: options.Pretrained = False,
     data: options.Data = None,
+    cache: options.Cache = None,
     top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Classes kept of each row.")] = None,
     views: Annotated[int | None, typer.Option("--views", metavar="N", help="Augmented views of each sample.")] = None,
     keep_mass: Annotated[
@@ -64,6 +65,7 @@ def command(
             ("--teacher-weights", "teacher.weights", teacher_weights),
             ("--pretrained", "teacher.pretrained", pretrained),
             ("--data", "data.path", data),
+            ("--cache", "data.cache", cache),
             ("--top-k", "store.top_k", top_k),
             ("--keep-mass", "store.keep_mass", keep_mass),
             ("--min-k", "store.min_k", min_k),

@@ -23,6 +23,7 @@ def command(
     store: options.StorePath = None,
     trust: options.Trust = False,
     data: options.Data = None,
+    cache: options.Cache = None,
     objective: Annotated[
         str | None, typer.Option("--objective", metavar="NAME", help="supervised, tinyvit or deit.")
     ] = None,
@@ -72,6 +73,7 @@ def command(
             ("--store", "store.path", store),
             ("--trust", "store.trust", trust),
             ("--data", "data.path", data),
+            ("--cache", "data.cache", cache),
             ("--objective", "objective.name", objective),
             ("--epochs", "train.epochs", epochs),
             ("--batch-size", "train.batch_size", batch_size),

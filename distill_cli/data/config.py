@@ -23,6 +23,8 @@ class DataConfig:
     """Other data to validate on, where `path` has no validation split."""
     root: str | None = None
     """Of a list: what its paths are relative to; of `timm:NAME`: where the data set lies."""
+    cache: str | None = None
+    """A folder for decoded images, which changes no pixel of what a model sees."""
     cache_listing: bool = True
     """Keep the listing of a large tree, and the index of tars, in the user's cache."""
     cache_gb: PositiveFloat | None = None
@@ -38,6 +40,9 @@ class DataConfig:
     """`student`: what is left out of a student's image size, mean, std, interpolation and crop_pct is the student's
     own; by default it is what the teacher of its store saw. The crops and all that is drawn are the store's in either
     case."""
+    short_side: Natural | None = None
+    """Pixels of an image's short side before the view begins: larger images are resized to it, whatever is cached; 0,
+    the default, leaves them as they are. An evaluation sees images as they are."""
     image_size: Positive | None = None
     """Pixels of a side of the model's input."""
     mean: Colour | None = None
@@ -104,6 +109,7 @@ class View:
     color_jitter_prob: Fraction = 1.0
     grayscale_prob: Fraction = 0.0
     gaussian_blur_prob: Fraction = 0.0
+    short_side: Natural = 0
     mixup: NonNegative = 0.0
     cutmix: NonNegative = 0.0
     mixup_prob: Fraction = 1.0

@@ -132,6 +132,14 @@ def short_side(image: Image.Image, size: int) -> tuple[int, int]:
     return int(size * image.width / image.height), size
 
 
+def reduced(image: Image.Image, size: int) -> Image.Image:
+    """An image with a short side of at most `size` px (0: as it is), bicubic; one that is smaller stays as it is, so
+    that once is as often."""
+    if size == 0 or min(image.size) <= size:
+        return image
+    return image.resize(short_side(image, size), Image.Resampling.BICUBIC)
+
+
 def resize(image: Image.Image, width: int, height: int, resampling: Image.Resampling) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), resampling)
 

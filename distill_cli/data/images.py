@@ -2,8 +2,11 @@
 
 import io
 import os
+import stat
 import warnings
+import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -11,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 from distill_cli.errors import DistillError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+LARGE_BYTES, MOST_BYTES = 2**24, 2**30
+"""From the first on a file is looked at before it is read whole; beyond the second it is not read."""
 
 
 class UnreadableImage(DistillError):
@@ -29,18 +34,52 @@ class Readable:
     def read(self, sample_id: int) -> Image.Image:
         return self.decode(sample_id, self.content(sample_id))
 
+    def read_with_crc(self, sample_id: int) -> tuple[Image.Image, int]:
+        content = self.content(sample_id)
+        return self.decode(sample_id, content), zlib.crc32(content)
+
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file.
+    """The bytes of a file; a large one is looked at before it is read.
 
     Raises:
-        UnreadableImage: it cannot be read, or is a pipe or device.
+        UnreadableImage: it cannot be read, is no regular file, is larger than `MOST_BYTES`, or is large and no image.
     """
     try:
         with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                # Of a device there may be no end.
+                raise OSError("it is no regular file")
+            check_size(status.st_size, path)
+            if status.st_size > LARGE_BYTES:
+                _look_at(file, path)
             return file.read()
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
+
+
+def check_size(size: int, name: object) -> None:
+    """
+    Raises:
+        UnreadableImage: so many bytes are not read for an image.
+    """
+    if size > MOST_BYTES:
+        raise unreadable(name, f"it has {size:,} bytes, more than {MOST_BYTES:,}")
+
+
+def _look_at(file: IO[bytes], name: object) -> None:
+    """
+    Raises:
+        UnreadableImage: it does not begin as an image does, or is one of too many pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(file)
+    except Exception as error:
+        raise unreadable(name, error) from error
+    file.seek(0)
 
 
 def decode(content: bytes, name: object) -> Image.Image:

@@ -6,10 +6,12 @@ and nothing about it needs saving.
 
 import functools
 import itertools
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from distill_cli.sparse import SparseLogits, stacked
 from distill_cli.store.dealing import Dealing, Following
 from distill_cli.store.plan import PROBES
 
+T = TypeVar("T")
 Rows = Callable[[int, NDArray[np.int64]], SparseLogits]
 """(view, sample ids) -> the teacher's rows: how a store gives them to the loader."""
 
@@ -69,6 +72,8 @@ class Batch:
     """Sample id -> checksum, of those that lie first in their shard, where they were asked for."""
     mixed: MixedLabels | None = None
     """None where no images are mixed."""
+    content_crc: Mapping[int, int] = field(default_factory=dict)
+    """Sample id -> CRC-32 of what its image was decoded from, where they were asked for."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -261,6 +266,8 @@ class Batches(Dataset["Loaded | DistillError"]):
     """Given if and only if the transform mixes. A partner that a batch lacks is read in addition."""
     probes: Dealing | Following | None = None
     """Of whose places the images are checksummed that come first in a batch."""
+    with_content_crc: bool = False
+    """What images are decoded from is checksummed, in batches of view 0."""
     _ahead: dict[int, SparseLogits] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Rows of this process's next batches, by number."""
 
@@ -286,7 +293,10 @@ class Batches(Dataset["Loaded | DistillError"]):
         teacher = self._teacher(number, len(wanted)) if self.rows else None
         with preserved():
             mixes = [self._mixes(view, wanted) for view in views]
-            images, unreadable = self._read([*wanted.tolist(), *(mix.partner for of in mixes for mix in of.values())])
+            others = (mix.partner for of in mixes for mix in of.values())
+            images, unreadable, content_crc = self._read(
+                [*wanted.tolist(), *others], self.with_content_crc and first == 0
+            )
             if self.partners is not None and not self.partners.final:
                 # Whose partner cannot be read stays as it is.
                 mixes = [{i: mix for i, mix in of.items() if mix.partner in images} for of in mixes]
@@ -305,6 +315,7 @@ class Batches(Dataset["Loaded | DistillError"]):
             skipped=tuple(skipped),
             probe_crc=self._checksums(sample_ids, pixels[0], mixes[0]) if self.probes and pixels else {},
             mixed=None if self.partners is None else self._mixed_labels(ids, mixes),
+            content_crc={sample_id: content_crc[sample_id] for sample_id in ids} if content_crc else {},
         )
         return Loaded(batch, joined(pixels) if pixels else None)
 
@@ -325,17 +336,23 @@ class Batches(Dataset["Loaded | DistillError"]):
         mixes = {sample_id: self.transform.mixing(seed, drawn, sample_id, partner) for sample_id, partner in pairs}
         return {sample_id: mix for sample_id, mix in mixes.items() if mix is not None}
 
-    def _read(self, wanted: Iterable[int]) -> tuple[dict[int, Image.Image], dict[int, str]]:
-        """The images that can be decoded, and what is said of the others."""
-        images, unreadable = dict[int, Image.Image](), dict[int, str]()
+    def _read(
+        self, wanted: Iterable[int], with_crc: bool
+    ) -> tuple[dict[int, Image.Image], dict[int, str], dict[int, int]]:
+        """The images that can be decoded, what is said of the others, and the checksums of contents."""
+        images, unreadable, content_crc = dict[int, Image.Image](), dict[int, str](), dict[int, int]()
         for sample_id in dict.fromkeys(wanted):
             try:
-                images[sample_id] = self.source.read(sample_id)
+                if with_crc:
+                    image, content_crc[sample_id] = self.source.read_with_crc(sample_id)
+                else:
+                    image = self.source.read(sample_id)
+                images[sample_id] = self.transform.reduced(image)
             except UnreadableImage as error:
                 if not self.skip_unreadable:
                     raise
                 unreadable[sample_id] = str(error)
-        return images, unreadable
+        return images, unreadable, content_crc
 
     def _pixels(self, view: int, ids: list[int], mixes: dict[int, Mix], images: dict[int, Image.Image]) -> Pixels:
         """What a view draws for some samples, and for partners that are not among them."""
@@ -416,27 +433,51 @@ def load(batches: Batches, numbers: Iterable[int], workers: int, device: torch.d
     Raises:
         DistillError: what a batch met, or a worker that died.
     """
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_main,
-    )
-    loaded = _checked(iter(loader))
+    loaded = in_workers(batches, numbers, workers, pin_memory=device.type == "cuda")
     try:
         if device.type == "cuda":
             yield from _ahead_of_use(loaded, batches.transform, device)
         else:
             yield from (drawn.to(device).finished(batches.transform) for drawn in loaded)
     finally:
+        loaded.close()
+
+
+def in_workers(
+    dataset: "Dataset[T | DistillError]", numbers: Iterable[int], workers: int, pin_memory: bool = False
+) -> Generator[T]:
+    """What a data set has at these numbers, in order, ahead of use.
+
+    Args:
+        workers: processes that load; 0 loads in this one.
+
+    Raises:
+        DistillError: what the data set hands over as such, or a worker that died.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_it_is,
+        worker_init_fn=_begin_worker,
+    )
+    loaded = _checked(iter(loader))
+    try:
+        yield from loaded
+    finally:
         # An error holds this frame, and the frame the workers: let go of them here, not when garbage is collected.
         loaded.close()
         del loader, loaded
 
 
-def _checked(loaded: Iterator[Loaded | DistillError]) -> Generator[Loaded]:
+def _as_it_is(item: T) -> T:
+    # torch's own would make a tensor of an array.
+    return item
+
+
+def _checked(loaded: "Iterator[T | DistillError]") -> Generator[T]:
     """
     Raises:
         DistillError: what a batch met, or a worker that died.
@@ -486,7 +527,11 @@ def _arrived(batch: Batch, there: torch.cuda.Event) -> Batch:
     return batch
 
 
-def _leave_signals_to_main(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and multiprocessing.get_start_method() == "fork" and os.getppid() != parent.pid:
+        # It was killed before torch began to watch it, and torch would watch whoever it has now, for ever.
+        os._exit(1)
     # Ctrl-C reaches the whole process group; the main process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

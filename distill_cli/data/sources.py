@@ -60,6 +60,14 @@ class Source(Protocol):
         """
         ...
 
+    def read_with_crc(self, sample_id: int) -> tuple[Image.Image, int]:
+        """One image as RGB, and the CRC-32 of its content.
+
+        Raises:
+            UnreadableImage: as `read`.
+        """
+        ...
+
 
 def parts(source: Source) -> tuple[int, ...] | None:
     """Samples of each tar, where a source is tars one behind the other; None where any order of reading is as good."""

@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from distill_cli.config import Colour
 from distill_cli.data.config import DEFAULTS, SEEN, DataConfig, View, said
-from distill_cli.data.crops import RANDOM, CentreCrop, Elsewhere, PadCrop, SimpleCrop, evaluated
+from distill_cli.data.crops import RANDOM, CentreCrop, Elsewhere, PadCrop, SimpleCrop, evaluated, reduced
 from distill_cli.data.mixing import Mixing
 from distill_cli.data.pixels import Box, Pixels
 from distill_cli.data.policies import TRIVIAL, Trivial, in_proportion
@@ -140,6 +140,8 @@ class Transform:
     """The size in which boxes are drawn, where it is not that of the images."""
     mixing: Mixing | None = None
     """What is drawn for two images that are mixed; None where none are."""
+    short_side: int = 0
+    """Pixels to which the short side of a larger image is brought first; 0 for none."""
 
     def __call__(self, images: Sequence[Image.Image], seed: int, view: int, sample_ids: Sequence[int]) -> Tensor:
         """The inputs that view number `view` makes of some samples: float32 `[batch, 3, size, size]`, normalised.
@@ -153,9 +155,13 @@ class Transform:
         pixels, boxes = [], []
         for image, sample_id in zip(images, sample_ids, strict=True):
             seed_everything(derive("view", seed, view, sample_id))
-            pixels.append(self.pixels(image))
+            pixels.append(self.pixels(self.reduced(image)))
             boxes.append(self._box(pixels[-1].shape, derive("erase", seed, view, sample_id)))
         return Pixels.of(pixels, boxes)
+
+    def reduced(self, image: Image.Image) -> Image.Image:
+        """An image as the draws begin with it, the same for every view; `draw` itself begins so."""
+        return reduced(image, self.short_side)
 
     def inputs(self, pixels: Pixels) -> Tensor:
         """float32 `[batch, 3, size, size]`, normalised, erased, then mixed, on the device of the pixels."""
@@ -177,7 +183,8 @@ class Transform:
 
 
 def eval_transform(view: View) -> Transform:
-    """Resize and centre crop, as timm evaluates."""
+    """Resize and centre crop, as timm evaluates: of the image as it is, whatever `short_side` says, so that accuracies
+    are those that anybody else measures."""
     pixels = create_transform(
         view.image_size,
         is_training=False,
@@ -204,14 +211,14 @@ def train_transform(view: View, student: View | None = None) -> Transform:
     own = student or view
     mixing = Mixing(view, own.image_size) if view.mixes else None
     if view.augment == "none":
-        return replace(_centre(view, own), mean=own.mean, std=own.std, mixing=mixing)
+        return replace(_centre(view, own), mean=own.mean, std=own.std, mixing=mixing, short_side=view.short_side)
     asked = replace(view, image_size=own.image_size, interpolation=own.interpolation)
     crop, secondary, final = _pipeline(asked, own.image_size / view.image_size)
     if view.augment != "rrc":
         crop[0] = _crop(view, own)
     erase = RandomErasing(view.reprob, mode="pixel", device="cpu") if view.reprob else None
     pixels = transforms.Compose([*crop, *secondary, *final])
-    return Transform(pixels, own.mean, own.std, erase, view.image_size, mixing)
+    return Transform(pixels, own.mean, own.std, erase, view.image_size, mixing, view.short_side)
 
 
 def _centre(view: View, own: View) -> Transform:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill_cli.cache import FileCache, user_cache
-from distill_cli.data.images import Readable, decode, unreadable
+from distill_cli.data.images import Readable, check_size, decode, unreadable
 from distill_cli.data.keys import Keys, first_double
 from distill_cli.data.labels import from_text
 from distill_cli.data.listing_cache import Count, keep, load, shown
@@ -102,6 +102,7 @@ class TarSource(Readable):
 
     def content(self, sample_id: int) -> bytes:
         number, size = int(self.tar[sample_id]), int(self.sizes[sample_id])
+        check_size(size, self._name(sample_id))
         try:
             content = self.tars.read(number, int(self.offsets[sample_id]), size)
         except OSError as error:

@@ -6,8 +6,10 @@ sample_id   uint32 | uint64   [n]   codec `exact` only
 skipped     uint32            [s]   places of the shard, from 0, that have no row
 probe_crc   uint32            [p]   CRC-32 of the first rows' inputs
 
-and the arrays of the codec. Imported rows have two more (store/tinyvit.py), which readers may leave alone:
+and the arrays of the codec. Rows of a plan's first view have one more, imported ones two (store/tinyvit.py), which
+readers may leave alone:
 
+content_crc uint32            [n]      CRC-32 of what each row's image was decoded from
 seed        int32             [n]      by which the rows' inputs were drawn
 correction  int8              [n, k]   codec `exact` only: what makes `log_prob` the very bits of the probabilities
 """
@@ -37,7 +39,8 @@ HEADER_BYTES = 1024
 ALIGNMENT = 8
 DTYPES = {name: np.dtype(name) for name in ("<u2", "<u4", "<u8", "<i4", "<f2", "<f4", "|u1", "|i1")}
 """What an array of a shard can be."""
-EXTRAS = {"seed": ("<i4", 1), "correction": ("|i1", 2)}
+CONTENT_CRC = "content_crc"
+EXTRAS = {CONTENT_CRC: ("<u4", 1), "seed": ("<i4", 1), "correction": ("|i1", 2)}
 """Arrays that rows can have besides the codec's: type and dimensions, the first of which is the rows'."""
 Array = tuple[str, tuple[int, ...], int]
 """Type, shape and first byte."""

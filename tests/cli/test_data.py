@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from command_line import DISTIL, TRAIN, Cli, Made, Refused, capture
 from PIL import Image
+from torch.utils.data import get_worker_info
+
+from distill_cli.data.folder import ImageFolder
 
 CORRUPT = b"\xff\xd8\xff\xe0 no JPEG"
 
@@ -107,6 +111,28 @@ def test_faulty_images_together_are_skipped_and_counted(distill: Cli, copied: Pa
     assert result.err == f"warning: {out}: 4 images could not be decoded and have no rows\n"
 
 
+def test_a_loader_process_that_is_killed(
+    distill: Cli, refused: Refused, folder: Path, run: Made, store: Made, tmp_path: Path
+) -> None:
+    content = ImageFolder.content
+
+    def die(self: ImageFolder, sample_id: int) -> bytes:
+        if get_worker_info() is not None and sample_id == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return content(self, sample_id)
+
+    command = (*capture(run.path, folder, tmp_path / "s"), "--workers", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFolder, "content", die)
+        said = refused(1, *command)
+    assert said.startswith("DataLoader worker")
+    assert said.endswith("Run the same command again to go on")
+    assert distill(*command, "--quiet").code == 0
+    for path in store.path.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "s" / path.relative_to(store.path)).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("text", "code", "said"),
     [
@@ -151,3 +177,16 @@ def test_a_link_loop_in_the_tree(refused: Refused, copied: Path, tmp_path: Path)
     (copied / "train/bag/again").symlink_to(copied / "train")
     said = refused(2, "train", *TRAIN, "--data", copied, "--out", tmp_path / "r")
     assert said == f"{copied}/train/bag/again: links back to {copied}/train, which it is in; remove the link"
+
+
+def test_a_loader_process_that_is_killed_while_the_teacher_works(
+    refused: Refused, folder: Path, run: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises in the midst of it."""
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("distill_cli.capture.teach", killed)
+    said = refused(1, *capture(run.path, folder, tmp_path / "s"))
+    assert said == "DataLoader worker (pid 7) is killed by signal: Killed. Run the same command again to go on"

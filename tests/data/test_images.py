@@ -3,6 +3,7 @@
 import contextlib
 import os
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.images import UnreadableImage, decode, printable, read_file
+from distill_cli.data.images import LARGE_BYTES, UnreadableImage, decode, printable, read_file
 from distill_cli.data.sources import Source
 
 
@@ -116,9 +117,53 @@ def test_flipped_bytes_are_an_image_or_named(picture: Image.Image, tmp_path: Pat
         assert _read(path).mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("size", "said"), [(10 * 2**30, "it has 10,737,418,240 bytes, more than 1,073,741,824"), (2**29, "no image")]
+)
+def test_a_large_file_that_is_no_image_is_not_read(tmp_path: Path, size: int, said: str) -> None:
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.truncate(size)
+    tracemalloc.start()
+    try:
+        assert said in _refused(tmp_path / "a.jpg")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_bomb_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_png(20_000, 20_000))
+    os.truncate(tmp_path / "a.png", 2**29)
+    assert "a.png: cannot be decoded (Image size (400000000 pixels) exceeds limit" in _refused(tmp_path / "a.png")
+
+
+def test_a_large_image_is_read(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.bmp")
+    assert (tmp_path / "a.bmp").stat().st_size > LARGE_BYTES
+    assert np.array_equal(np.asarray(_read(tmp_path / "a.bmp")), pixels)
+
+
+def test_a_jpeg_of_four_inks_is_read(picture: Image.Image, tmp_path: Path) -> None:
+    """As ImageNet has some; Adobe's are inverted, which Pillow knows."""
+    picture.convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    off = np.abs(np.asarray(_read(tmp_path / "a.jpg")).astype(int) - np.asarray(picture))
+    assert off.mean() < 8
+
+
 def test_a_pipe_in_a_files_place_does_not_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jpg")
-    assert "a.jpg: cannot be decoded (" in _refused(tmp_path / "a.jpg")
+    assert "a.jpg: cannot be decoded (it is no regular file)" in _refused(tmp_path / "a.jpg")
+
+
+def test_a_device_without_end_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").symlink_to("/dev/zero")
+    assert "a.jpg: cannot be decoded (it is no regular file)" in _refused(tmp_path / "a.jpg")
+
+
+def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").symlink_to("a.jpg")
+    assert "a.jpg: cannot be decoded (too many levels of symbolic links)" in _refused(tmp_path / "a.jpg")
 
 
 def test_a_folder_in_a_files_place_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,16 @@ from hypothesis import strategies as st
 
 from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batch, Batches, ListingOrder, Order, TrainingOrder, load, windowed
+from distill_cli.data.loader import (
+    Batch,
+    Batches,
+    ListingOrder,
+    Order,
+    TrainingOrder,
+    _begin_worker,
+    load,
+    windowed,
+)
 from distill_cli.data.sources import Source, UnreadableImage, without_labels
 from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
 from distill_cli.errors import DistillError
@@ -221,6 +231,14 @@ def test_batches_leave_the_generators_alone(batches: Batches) -> None:
         assert (random.random(), np.random.random(), torch.rand(2).tolist()) == expected
 
 
+def test_several_views_begin_with_the_smaller_image(batches: Batches, transform: Transform) -> None:
+    small = replace(batches, transform=replace(transform, short_side=30), views_per_read=2)
+    loaded = small.load(0)
+    for place, (view, sample_id) in enumerate(zip(np.repeat([0, 1], 4), loaded.sample_ids.tolist(), strict=True)):
+        alone = small.transform([small.source.read(sample_id)], small.seed, int(view), [sample_id])[0]
+        assert torch.equal(loaded.images[place], alone)
+
+
 def test_data_without_labels_has_label_minus_one(batches: Batches, source: Source, transform: Transform) -> None:
     bare = Batches(without_labels(source), transform, batches.order, seed=3)
     assert bare.load(0).labels.tolist() == [-1] * 4
@@ -300,6 +318,29 @@ def test_a_worker_that_dies_is_an_error_of_one_line(images: ArraySource, transfo
     with pytest.raises(DistillError, match=r"worker .* Run the same command again to go on") as caught:
         _loaded(Batches(dying, transform, ListingOrder(np.arange(4), 2)), range(2), workers=1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_worker_whose_parent_is_gone_before_it_begins_ends() -> None:
+    reading, writing = os.pipe()
+
+    def work() -> None:
+        parent = os.getppid()
+        os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        os.write(writing, b"an orphan")
+        _begin_worker(0)
+        os.write(writing, b" works")
+
+    parent = os.fork()
+    if parent == 0:
+        multiprocessing.get_context("fork").Process(target=work).start()
+        time.sleep(60)
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(parent, 0)
+    with os.fdopen(reading) as said:
+        assert said.read() == "an orphan"
 
 
 def test_workers_are_gone_as_soon_as_the_work_has_ended(damaged: Source, transform: Transform) -> None:

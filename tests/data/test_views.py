@@ -20,15 +20,18 @@ from timm.data.auto_augment import auto_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
+from distill_cli.data.crops import reduced
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.pixels import Box, Pixels
 from distill_cli.data.views import (
+    SEEN,
     DataConfig,
     Transform,
     View,
     eval_transform,
     resolve_view,
     stored_view,
+    student_view,
     train_transform,
 )
 from distill_cli.errors import MismatchError, UsageError
@@ -66,6 +69,7 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
                "gaussian_blur_prob": 0.5},
     "vertical flip": {"vflip": 0.5},
     "erasing": {"reprob": 1.0},
+    "short side": {"augment": "rrc", "short_side": 30},
     "all": {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 1.0, "augment": "pad-crop"},
 }  # fmt: skip
 RANDOM = [name for name in AUGMENTATIONS if name != "none"]
@@ -316,6 +320,45 @@ def test_a_plan_of_a_later_program_is_refused_in_one_line(change: dict[str, obje
     with pytest.raises(MismatchError, match=message) as caught:
         stored_view(DataConfig(), {**_view("rrc").table, **change}, "S")
     assert (caught.value.exit_code, "\n" in str(caught.value)) == (3, False)
+
+
+# The short side.
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 61), (30, 30), (20, 90)])
+def test_an_image_is_reduced_once_and_never_enlarged(size: tuple[int, int], pictures: list[Image.Image]) -> None:
+    image = pictures[0].resize(size)
+    found = reduced(image, 30)
+    assert min(found.size) == min(30, min(size))
+    assert found.width / found.height == pytest.approx(size[0] / size[1], abs=1 / 30)
+    assert reduced(found, 30).tobytes() == found.tobytes()
+    assert reduced(image, 0).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("name", ["none", "rrc", "pad-crop", "src", "all"])
+def test_a_view_of_a_short_side_is_that_of_the_smaller_image(name: str, pictures: list[Image.Image]) -> None:
+    view = replace(_view(name), short_side=30)
+    small = [image.resize((45, 30), Image.Resampling.BICUBIC) for image in pictures]
+    for student in (view, replace(view, image_size=24)):
+        found = train_transform(view, student)(pictures, 1, 2, range(8))
+        assert torch.equal(found, train_transform(replace(view, short_side=0), student)(small, 1, 2, range(8)))
+
+
+def test_an_evaluation_sees_images_as_they_are(pictures: list[Image.Image]) -> None:
+    view = _view("none")
+    assert torch.equal(
+        eval_transform(replace(view, short_side=30))(pictures, 0, 0, range(8)),
+        eval_transform(view)(pictures, 0, 0, range(8)),
+    )
+
+
+def test_a_short_side_stands_in_a_plan_and_none_does_not() -> None:
+    assert "short_side" not in _view("rrc").table
+    assert _view("short side").table["short_side"] == 30
+    with pytest.raises(MismatchError, match=r"data\.short_side: 20 asked, the store has 30; leave it out"):
+        stored_view(DataConfig(short_side=20), _view("short side").table)
+    with pytest.raises(MismatchError, match=r"data\.short_side: 20 asked, the store has 0"):
+        student_view(DataConfig(short_side=20), _view("rrc"), {name: getattr(_view("rrc"), name) for name in SEEN})
 
 
 def test_a_plan_that_lacks_a_field_is_refused() -> None:

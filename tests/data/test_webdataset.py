@@ -236,6 +236,17 @@ def test_a_tar_that_was_cut_since_gives_unreadable_images(shards: Path) -> None:
         source.read(1)
 
 
+def test_a_huge_member_is_not_read(tmp_path: Path) -> None:
+    huge = tarfile.TarInfo("1.png")
+    huge.size = 2**31
+    with (tmp_path / "x.tar").open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            tar.addfile(huge)
+        file.truncate(512 + huge.size + 10240)
+    with pytest.raises(UnreadableImage, match=r"x/1: cannot be decoded \(it has 2,147,483,648 bytes, more than"):
+        _open(tmp_path / "x.tar").content(0)
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [

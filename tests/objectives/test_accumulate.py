@@ -51,7 +51,7 @@ def test_parts_are_as_even_as_can_be_and_none_is_empty(size: int, parts: int, si
     assert [len(piece) for piece in cut(make_batch(size), parts)] == sizes
 
 
-@pytest.mark.parametrize("kind", ["fixed", "ragged", "sampled"])
+@pytest.mark.parametrize("kind", ["fixed", "ragged", "sampled", "mixed"])
 def test_the_parts_together_are_the_batch(kind: str) -> None:
     batch = make_batch(7, kind=kind)
     pieces = list(cut(batch, 3))
