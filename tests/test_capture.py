@@ -256,7 +256,14 @@ def make_sink(make_capture: Callable[..., Capture], tmp_path: Path) -> Sinks:
 
 def _taught(finite: bool = True) -> Taught:
     rows = top_k(torch.zeros(4, 3), 2)
-    batch = Batch(torch.empty(0), torch.zeros(4), np.arange(4), (0,), probe_crc=dict.fromkeys(range(4), 0))
+    batch = Batch(
+        torch.empty(0),
+        torch.zeros(4),
+        np.arange(4),
+        (0,),
+        probe_crc=dict.fromkeys(range(4), 0),
+        content_crc=dict.fromkeys(range(4), 0),
+    )
     return Taught(rows, torch.full((4,), finite), batch.labels, batch, None)
 
 

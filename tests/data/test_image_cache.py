@@ -26,6 +26,7 @@ from distill_cli.data.views import resolve_view, train_transform
 from distill_cli.distributed import World
 from distill_cli.errors import DamagedError, DistillError, MismatchError, Stopped, UsageError
 from distill_cli.report import Report
+from distill_cli.store.dealing import Dealing
 
 CPU = torch.device("cpu")
 QUIET = Report(quiet=True)
@@ -100,7 +101,7 @@ def test_batches_are_bit_for_bit_the_same(open_cache: Open, folder: Path, short_
     order = TrainingOrder(np.arange(18), 4, seed=1, views=2, views_per_read=views_per_read)
 
     def loaded(source: Source, workers: int) -> list[Batch]:
-        batches = Batches(source, transform, order, seed=3, views_per_read=views_per_read, probes=2)
+        batches = Batches(source, transform, order, seed=3, views_per_read=views_per_read, probes=Dealing(18, 18))
         return list(load(batches, range(8), workers, CPU))
 
     without = loaded(_source(folder), 0)
