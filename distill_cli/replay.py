@@ -59,7 +59,7 @@ def prove_shard(store: Store, view: int, shard: int, source: Source, transform: 
     sample_ids = np.delete(plan.dealing.sample_ids(shard), opened.skipped)
     for sample_id, expected in zip(sample_ids.tolist(), opened.probe_crc.tolist(), strict=False):
         with preserved():
-            found = transform.draw([source.read(sample_id)], seed, drawn, [sample_id]).checksum(0)
+            found = transform.pixels_of(source, seed, drawn, sample_id).checksum(0)
         if found != expected:
             raise MismatchError(
                 f"store {store}: view {view} of {printable(source.keys[sample_id])} does not replay to the pixels that "

@@ -7,19 +7,19 @@ and nothing about it needs saving.
 import functools
 import itertools
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from distill_cli.data.pixels import Pixels, joined
+from distill_cli.data.pixels import Pixels
 from distill_cli.data.sources import Source, UnreadableImage
+from distill_cli.data.tensors import Undecoded
 from distill_cli.data.views import Transform
 from distill_cli.errors import DistillError
 from distill_cli.randomness import derive, preserved
@@ -53,6 +53,19 @@ class Batch:
         """The only one, or the first of several."""
         return self.views[0]
 
+    def without(self, unreadable: Mapping[int, UnreadableImage]) -> "Batch":
+        """The batch without some samples, by their places; what is said of them is in `skipped`."""
+        samples = len(self) // len(self.views)
+        kept = np.flatnonzero([place % samples not in unreadable for place in range(len(self))])
+        at = torch.from_numpy(kept)
+        return replace(
+            self,
+            labels=self.labels[at],
+            sample_ids=self.sample_ids[kept],
+            teacher=self.teacher and self.teacher.at(at),
+            skipped=(*self.skipped, *map(str, unreadable.values())),
+        )
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -60,11 +73,19 @@ class Loaded:
 
     batch: Batch
     """Its `images` are empty."""
-    pixels: Pixels | None
+    pixels: Pixels | Undecoded | None
     """None where no image could be decoded."""
+    probes: int = 0
+    """Images that are checksummed, at most."""
+    skip_unreadable: bool = False
 
     def to(self, device: torch.device) -> "Loaded":
-        return self._each(lambda part: part.to(device, non_blocking=True), lambda part: part.to(device))
+        """
+        Raises:
+            UnreadableImage: an image that is decoded there cannot be, and is not to be skipped.
+        """
+        here = self._decoded(device) if isinstance(self.pixels, Undecoded) else self
+        return here._each(lambda part: part.to(device, non_blocking=True), lambda part: part.to(device))
 
     def pin_memory(self) -> "Loaded":
         return self._each(Tensor.pin_memory, lambda part: part.pin_memory())
@@ -72,10 +93,26 @@ class Loaded:
     def _each(self, tensor: Callable[[Tensor], Tensor], other: Callable[[Any], Any]) -> "Loaded":
         batch, pixels = self.batch, self.pixels
         moved = replace(batch, labels=tensor(batch.labels), teacher=batch.teacher and other(batch.teacher))
-        return Loaded(moved, pixels and other(pixels))
+        return replace(self, batch=moved, pixels=pixels and other(pixels))
+
+    def _decoded(self, device: torch.device) -> "Loaded":
+        assert isinstance(self.pixels, Undecoded)
+        pixels, unreadable = self.pixels.made(device)
+        if unreadable and not self.skip_unreadable:
+            raise next(iter(unreadable.values()))
+        batch = self.batch.without(unreadable) if unreadable else self.batch
+        return replace(self, batch=batch, pixels=pixels).checked()
+
+    def checked(self) -> "Loaded":
+        """With the checksums of its first images, where they are there already."""
+        if not self.probes or not isinstance(self.pixels, Pixels):
+            return self
+        probes = range(min(self.probes, len(self.batch) // len(self.batch.views)))
+        return replace(self, batch=replace(self.batch, probe_crc=tuple(map(self.pixels.checksum, probes))))
 
     def finished(self, transform: Transform) -> Batch:
         """The batch with its images, made where the pixels are."""
+        assert not isinstance(self.pixels, Undecoded)
         return self.batch if self.pixels is None else replace(self.batch, images=transform.inputs(self.pixels))
 
 
@@ -189,7 +226,7 @@ class Batches(Dataset["Loaded | DistillError"]):
 
     def load(self, number: int) -> Batch:
         """One batch, whole, in this process."""
-        return self.draw(number).finished(self.transform)
+        return self.draw(number).to(torch.device("cpu")).finished(self.transform)
 
     def draw(self, number: int) -> Loaded:
         """What a batch is made of.
@@ -199,17 +236,12 @@ class Batches(Dataset["Loaded | DistillError"]):
         """
         first, wanted = self.order(number)
         views = self._views(first)
-        images, ids, skipped = self._read(wanted)
+        pixels, ids, skipped = self._draw(wanted, views)
         sample_ids = np.array(ids, np.int64)
         teacher = self._teacher(number, len(wanted)) if self.rows else None
         if teacher is not None and skipped:
             kept = np.tile(np.isin(wanted, sample_ids), len(views))
             teacher = teacher.at(torch.from_numpy(np.flatnonzero(kept)))
-        pixels, probe_crc = None, tuple[int, ...]()
-        if images:
-            with preserved():
-                pixels = joined([self.transform.draw(images, *self._drawn(view), ids) for view in views])
-            probe_crc = tuple(map(pixels.checksum, range(min(self.probes, len(images)))))
         labels = np.full(len(ids), -1) if self.source.labels is None else self.source.labels[sample_ids]
         batch = Batch(
             images=torch.empty(0),
@@ -218,9 +250,8 @@ class Batches(Dataset["Loaded | DistillError"]):
             views=views,
             teacher=teacher,
             skipped=tuple(skipped),
-            probe_crc=probe_crc,
         )
-        return Loaded(batch, pixels)
+        return Loaded(batch, pixels, self.probes, self.skip_unreadable).checked()
 
     def _views(self, first: int) -> tuple[int, ...]:
         views = range(first, first + self.views_per_read)
@@ -230,19 +261,23 @@ class Batches(Dataset["Loaded | DistillError"]):
         """(seed, view) by which a view is drawn."""
         return self.drawn[view] if self.drawn else (self.seed, view)
 
-    def _read(self, wanted: NDArray[np.int64]) -> tuple[list[Image.Image], list[int], list[str]]:
-        """The images that can be decoded, their ids, and what is said of the others."""
-        images, ids, skipped = [], [], []
-        for sample_id in wanted.tolist():
-            try:
-                images.append(self.source.read(sample_id))
-            except UnreadableImage as error:
-                if not self.skip_unreadable:
-                    raise
-                skipped.append(str(error))
-                continue
-            ids.append(sample_id)
-        return images, ids, skipped
+    def _draw(
+        self, wanted: NDArray[np.int64], views: Sequence[int]
+    ) -> tuple[Pixels | Undecoded | None, list[int], list[str]]:
+        """What is drawn of the images that can be decoded, their ids, and what is said of the others."""
+        drawing = self.transform.drawing(len(wanted), len(views))
+        drawn, ids, skipped = [self._drawn(view) for view in views], [], []
+        with preserved():
+            for sample_id in wanted.tolist():
+                try:
+                    drawing.add(self.transform.read(self.source, sample_id), drawn, sample_id)
+                except UnreadableImage as error:
+                    if not self.skip_unreadable:
+                        raise
+                    skipped.append(str(error))
+                    continue
+                ids.append(sample_id)
+        return drawing.drawn() if ids else None, ids, skipped
 
     def _teacher(self, number: int, size: int) -> SparseLogits:
         """The rows of a batch, read for several batches at once: a shard then gives several each time."""

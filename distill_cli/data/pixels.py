@@ -46,12 +46,12 @@ class Pixels:
     """float32: `[3, height, width]` of one box after the other."""
 
     @classmethod
-    def of(cls, images: Sequence[Tensor], boxes: Sequence[Box | None]) -> "Pixels":
-        """A batch of single images and what is erased of each."""
+    def of(cls, images: Tensor, boxes: Sequence[Box | None]) -> "Pixels":
+        """A batch of images and what is erased of each."""
         there = [(place, box) for place, box in enumerate(boxes) if box is not None]
         edges = tuple((place, box.top, box.left, *box.noise.shape[1:]) for place, box in there)
         noise = torch.cat([box.noise.flatten() for _, box in there]) if there else torch.empty(0)
-        return cls(torch.stack(tuple(images)), edges, noise)
+        return cls(images, edges, noise)
 
     @cached_property
     def boxes(self) -> tuple[Box | None, ...]:
@@ -73,11 +73,11 @@ class Pixels:
 
     def checksum(self, place: int) -> int:
         """The CRC-32 of an image's bytes and, where it is erased, of top, left, height, width (int32) and the noise."""
-        crc, box = zlib.crc32(self.images[place].numpy().tobytes()), self.boxes[place]
+        crc, box = zlib.crc32(self.images[place].cpu().numpy().tobytes()), self.boxes[place]
         if box is None:
             return crc
         crc = zlib.crc32(struct.pack("<4i", box.top, box.left, *box.noise.shape[1:]), crc)
-        return zlib.crc32(box.noise.numpy().astype("<f4", copy=False).tobytes(), crc)
+        return zlib.crc32(box.noise.cpu().numpy().astype("<f4", copy=False).tobytes(), crc)
 
     def inputs(self, mean: Colour, std: Colour) -> Tensor:
         """float32 `[batch, 3, size, size]`, normalised, with what is erased; on the device where the pixels are."""
@@ -88,14 +88,3 @@ class Pixels:
                 height, width = box.noise.shape[1:]
                 inputs[place, :, box.top : box.top + height, box.left : box.left + width] = box.noise
         return inputs
-
-
-def joined(parts: Sequence[Pixels]) -> Pixels:
-    """Several batches as one."""
-    if len(parts) == 1:
-        return parts[0]
-    first, edges = 0, list[tuple[int, int, int, int, int]]()
-    for part in parts:
-        edges += [(first + place, *box) for place, *box in part.edges]  # type: ignore[misc]
-        first += len(part.images)
-    return Pixels(torch.cat([part.images for part in parts]), tuple(edges), torch.cat([part.noise for part in parts]))
