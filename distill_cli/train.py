@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoints, load_checkpoint, save_checkpoint
 from distill_cli.data import absolute
-from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.loader import Batch, Batches, Loader, load
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.errors import DistillError, MismatchError
@@ -155,12 +155,13 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     images = order.images_per_step
     with (
         closing(History(out, done.step, write=world.is_main)) as history,
+        closing(_validation(setup, world)) as validation,
         Signals() as signals,
         report.progress("train", setup.steps * images, done.step * images) as progress,
     ):
         while True:
             if setup.validates_at(done.step) and done.step not in history.validated:
-                accuracy = _validate(setup, world, signals)
+                accuracy = _validate(setup, validation, world, signals)
                 history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **_numbers(accuracy)}, "val")
                 report.stage(f"step {done.step}: top1 {accuracy.top1:.2f}, nll {accuracy.nll:.4f}")
             if done.step == setup.steps:
@@ -262,17 +263,20 @@ def _training_batches(setup: Experiment, start: int, stop: int, world: World) ->
         yield batch
 
 
-def _validate(setup: Experiment, world: World, signals: Signals) -> Accuracy:
+def _validation(setup: Experiment, world: World) -> Loader:
+    """The validation images, for all validations of a run; where there are none it is never begun."""
+    config, source = setup.recipe, setup.source if setup.val is None else setup.val
+    return every_image(source, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
+
+
+def _validate(setup: Experiment, loaded: Iterable[Batch], world: World, signals: Signals) -> Accuracy:
     """The student's accuracy on all validation images, in fp32 as `distill eval` has it."""
-    assert setup.val is not None
-    config = setup.recipe
-    loaded = every_image(setup.val, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
     student = setup.objective.student.eval()
     with Report(quiet=True).progress("", 0) as progress:
         return measure_accuracy(student, _until(signals, loaded, world), setup.classes, world, "fp32", progress)
 
 
-def _until(signals: Signals, batches: Iterator[Batch], world: World) -> Iterator[Batch]:
+def _until(signals: Signals, batches: Iterable[Batch], world: World) -> Iterator[Batch]:
     """Break off a validation on a signal: its checkpoint is saved, and the next attempt begins with it."""
     for batch in batches:
         if signals.received and world.size == 1:

@@ -8,6 +8,7 @@ import functools
 import itertools
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -305,35 +306,57 @@ class Batches(Dataset["Loaded | DistillError"]):
 
 
 def load(batches: Batches, numbers: Iterable[int], workers: int, device: torch.device) -> Iterator[Batch]:
-    """Load the batches of these numbers, in order, ahead of use, onto a device.
+    """Load the batches of these numbers, in order, ahead of use, onto a device; once, by processes that then end.
+
+    Raises:
+        DistillError: what a batch met, or a worker that died.
+    """
+    with closing(Loader(batches, numbers, workers, device)) as loader:
+        yield from loader
+
+
+class Loader:
+    """Loads the batches of some numbers, in order, ahead of use, onto a device: as often as it is iterated.
 
     What crosses to the device are bytes, a quarter of the inputs that are made of them there. Beside a GPU the next
     batch crosses, on a stream of its own, while the last one is used.
 
     Args:
-        workers: processes that load; 0 loads in this one.
-
-    Raises:
-        DistillError: what a batch met, or a worker that died.
+        workers: processes that load, from the first batch until `close`; 0 loads in this one.
     """
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_main,
-    )
-    loaded = _checked(iter(loader))
-    try:
-        if device.type == "cuda":
-            yield from _ahead_of_use(loaded, batches.transform, device)
-        else:
-            yield from (drawn.to(device).finished(batches.transform) for drawn in loaded)
-    finally:
-        # An error holds this frame, and the frame the workers: let go of them here, not when garbage is collected.
-        loaded.close()
-        del loader, loaded
+
+    def __init__(self, batches: Batches, numbers: Iterable[int], workers: int, device: torch.device) -> None:
+        self._transform, self._device = batches.transform, device
+        self._loader: DataLoader[Loaded | DistillError] | None = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals_to_main,
+            persistent_workers=workers > 0,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """
+        Raises:
+            DistillError: what a batch met, or a worker that died.
+        """
+        assert self._loader is not None, "it is closed"
+        loaded = _checked(iter(self._loader))
+        try:
+            if self._device.type == "cuda":
+                yield from _ahead_of_use(loaded, self._transform, self._device)
+            else:
+                yield from (drawn.to(self._device).finished(self._transform) for drawn in loaded)
+        finally:
+            # An error holds this frame, and the frame the workers: let go of them here, not when garbage is collected.
+            loaded.close()
+            del loaded
+
+    def close(self) -> None:
+        """End the processes."""
+        self._loader = None
 
 
 def _checked(loaded: Iterator[Loaded | DistillError]) -> Generator[Loaded]:

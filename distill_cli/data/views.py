@@ -65,8 +65,7 @@ def resolve_view(config: DataConfig, model: Mapping[str, Any]) -> View:
         own["padding"] = 4
     view = View(**{**DEFAULTS, **own, **said(config)})
     _check_policy(view)
-    if (view.resize, view.decode) != ("pillow", "full"):
-        _check_speed(view)
+    _check_speed(view)
     return view
 
 
@@ -122,7 +121,9 @@ def student_view(config: DataConfig, taught: View, own: Mapping[str, Any]) -> Vi
                 "drawn and the other is not, so that all draws behind it would differ; leave it out"
             )
         values["interpolation"] = taught.interpolation
-    return replace(taught, **values)
+    view = replace(taught, **values)
+    _check_speed(view)
+    return view
 
 
 def _check_same(config: DataConfig, view: View, names: Sequence[str]) -> None:
@@ -145,6 +146,28 @@ def check_replayable(where: str, transform: Mapping[str, Any]) -> None:
             f"{where}: was imported; its views are drawn by TinyViT's own code, and cannot be replayed here; "
             'write a store with "distill teacher-logits", or give it back by "distill store export tinyvit"'
         )
+
+
+def check_decoder(view: View, device: torch.device, store: object = None) -> None:
+    """Refuse a view that is decoded by a GPU where the work is not done on one.
+
+    Args:
+        store: whose view it is, where it is one's.
+
+    Raises:
+        UsageError: it is.
+        MismatchError: it is, and a store's.
+    """
+    if view.decode != "cuda" or device.type == "cuda":
+        return
+    if store is not None:
+        raise MismatchError(
+            f"store {store}: its teacher saw what a GPU decoded (data.decode cuda), which cannot be replayed on "
+            f"{device}; use --device cuda on a machine with one, or write a store with another data.decode"
+        )
+    raise UsageError(
+        f"data.decode=cuda: decodes on a GPU, the work is done on {device}; give --device cuda, or data.decode=torch"
+    )
 
 
 @dataclass(frozen=True)
@@ -396,6 +419,8 @@ def _check_speed(view: View) -> None:
     Raises:
         UsageError: `resize` or `decode` does not go with the rest of the view.
     """
+    if (view.resize, view.decode) == ("pillow", "full"):
+        return
     asked = "data.resize=torch" if view.decode == "full" else f"data.decode={view.decode}"
     if view.augment == "none":
         raise UsageError(f"{asked}: is of training views, and data.augment is none, an evaluation's; leave it out")
