@@ -65,7 +65,7 @@ def resolve_view(config: DataConfig, model: Mapping[str, Any]) -> View:
         own["padding"] = 4
     view = View(**{**DEFAULTS, **own, **said(config)})
     _check_policy(view)
-    _check_speed(view)
+    check_view(view)
     return view
 
 
@@ -122,7 +122,7 @@ def student_view(config: DataConfig, taught: View, own: Mapping[str, Any]) -> Vi
             )
         values["interpolation"] = taught.interpolation
     view = replace(taught, **values)
-    _check_speed(view)
+    check_view(view)
     return view
 
 
@@ -414,7 +414,7 @@ def _tensor_view(view: View, own: View) -> TensorView:
     return TensorView(crop, view.hflip, view.vflip, policy)
 
 
-def _check_speed(view: View) -> None:
+def check_view(view: View) -> None:
     """
     Raises:
         UsageError: `resize` or `decode` does not go with the rest of the view.
