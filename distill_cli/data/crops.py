@@ -24,12 +24,8 @@ RANDOM = "random"
 """timm's interpolation that is drawn for each image, of these two; an evaluation, which draws nothing, takes the
 second."""
 DRAWN = ("bilinear", "bicubic")
-TORCHS = {
-    Image.Resampling.NEAREST: "nearest-exact",
-    Image.Resampling.BILINEAR: "bilinear",
-    Image.Resampling.BICUBIC: "bicubic",
-}
-"""What torch calls the filters of Pillow that it has."""
+TORCHS = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+"""What torch calls the filters of Pillow that it has. (Its nearest neighbour is another pixel on ties.)"""
 
 Resize = Callable[[Image.Image, int, int, Image.Resampling], Image.Image]
 """(image, width, height, filter) -> the image at this size."""
@@ -50,13 +46,13 @@ def resize_by_torch(image: Image.Image, width: int, height: int, resampling: Ima
 
 
 def resized(pixels: Tensor, width: int, height: int, resampling: Image.Resampling) -> Tensor:
-    """uint8 `[batch, channels, height, width]` at another size, by torch; in bytes on a CPU, in floats elsewhere."""
-    mode = TORCHS[resampling]
-    on_cpu = pixels.device.type == "cpu"
-    made = torch.nn.functional.interpolate(
-        pixels if on_cpu else pixels.float(), (height, width), mode=mode, antialias=mode != "nearest-exact"
-    )
-    return made if on_cpu else made.round_().clamp_(0, 255).byte()
+    """uint8 `[batch, channels, height, width]` at another size, by torch.
+
+    Args:
+        pixels: uint8, or the same numbers as float32, since a GPU has no filters for bytes.
+    """
+    made = torch.nn.functional.interpolate(pixels, (height, width), mode=TORCHS[resampling], antialias=True)
+    return made.round_().clamp_(0, 255).byte() if made.is_floating_point() else made
 
 
 RESIZES: dict[str, Resize] = {"pillow": resize, "torch": resize_by_torch}

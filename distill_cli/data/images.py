@@ -43,14 +43,15 @@ class Encoded:
         """The first frame as RGB, as Pillow has it: EXIF rotation is not applied.
 
         Args:
-            by: 1, 2, 4 or 8: libjpeg decodes a JPEG at this part of its sides, rounded up; else the image is whole.
+            by: 1, 2, 4 or 8, at most the shorter side: libjpeg decodes a JPEG at this part of its sides, rounded up;
+                any other image is whole.
 
         Raises:
             UnreadableImage: it is no image, is cut short or damaged, or has more pixels than Pillow takes for harmless.
         """
         with self._readable(), Image.open(io.BytesIO(self.content)) as image:
             if by > 1 and image.format == "JPEG":
-                image.draft(None, (max(1, image.width // by), max(1, image.height // by)))  # type: ignore[arg-type]
+                image.draft(image.mode, (image.width // by, image.height // by))
             return as_rgb(image)
 
     @contextmanager

@@ -92,7 +92,9 @@ class TensorView:
         """uint8 `[3, height, width]` -> uint8 `[3, size, size]`, where the image is; leaves the generator seeded."""
         left, top, right, bottom = look.edges
         crop = image[None, :, top:bottom, left:right]
-        pixels = resized(crop, self.crop.size, self.crop.size, look.resampling)[0].flip(look.flips)
+        pixels = resized(
+            crop if crop.device.type == "cpu" else crop.float(), self.crop.size, self.crop.size, look.resampling
+        )[0].flip(look.flips)
         if self.policy is None:
             return pixels
         torch.default_generator.manual_seed(look.policy)

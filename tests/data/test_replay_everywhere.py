@@ -23,6 +23,8 @@ RECIPES = {
     "tinyvit": {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.5, "augment": "rrc"},
     "deit iii": {"auto_augment": "3a", "color_jitter": 0.3, "augment": "src"},
     "augmix": {"auto_augment": "augmix-m3-w3", "interpolation": "random", "augment": "rrc"},
+    "by torch": {"auto_augment": "rand-m9-mstd0.5-inc1", "augment": "rrc", "resize": "torch"},
+    "tensors": {"auto_augment": "trivial", "reprob": 0.5, "augment": "rrc", "decode": "torch"},
     "trivial": {"auto_augment": "trivial", "reprob": 0.1, "augment": "pad-crop"},
 }
 Target = tuple[bytes, ...]
