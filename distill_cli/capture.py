@@ -25,7 +25,7 @@ from distill_cli.data.images import printable
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.mixing import DrawnPartners, capture_partners, together
 from distill_cli.data.sources import Source, check_classes, fingerprint, parts
-from distill_cli.data.views import DEFAULTS, View, resolve_view, train_transform
+from distill_cli.data.views import DEFAULTS, View, check_decoder, resolve_view, train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.locks import Claims
@@ -80,6 +80,7 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
     teacher = load_frozen(recipe.teacher)
     check_classes(source, f"teacher {recipe.teacher.name}", teacher.num_classes, teacher.classes)
     view = resolve_view(recipe.data, teacher.input(recipe.data.image_size))
+    check_decoder(view, world.device)
     teacher.model.to(world.device)
     check_forward(teacher.model, f"teacher {teacher.name}", view.image_size)
     store = recipe.store

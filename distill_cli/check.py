@@ -19,7 +19,7 @@ from distill_cli.data.image_cache import cached
 from distill_cli.data.images import printable
 from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.sources import Source
-from distill_cli.data.views import stored_view, train_transform
+from distill_cli.data.views import check_decoder, stored_view, train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import derive
@@ -197,6 +197,7 @@ def _open(recipe: Recipe, store: Store, world: World, report: Report) -> list[Ca
             f"{recipe.teacher.name} is {teacher.name} with weights {theirs[:12]}; give the teacher of the store"
         )
     view = stored_view(recipe.data, store.plan.transform, f"store {store}")
+    check_decoder(view, world.device, store)
     teacher.model.to(world.device)
     check_forward(teacher.model, f"teacher {teacher.name}", view.image_size)
     source = cached(source, recipe.data, "train", view.short_side, world, report)

@@ -3,18 +3,20 @@
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distill_cli.checkpoint import RECIPE
 from distill_cli.data import image_cache, open_train, open_val
-from distill_cli.data.loader import Batch, Batches, ListingOrder, load
+from distill_cli.data.loader import Batch, Batches, ListingOrder, Loader, load
 from distill_cli.data.sources import Source, check_classes
 from distill_cli.data.views import (
     SEEN,
     DataConfig,
     View,
+    check_decoder,
     read_view,
     resolve_view,
     student_view,
@@ -109,8 +111,7 @@ def evaluate(recipe: Recipe, run: str | None, world: World, report: Report | Non
     accuracy = agreement = None
     if opened.source.labels is not None:
         report.stage(f"evaluating on the {opened.split} split, {len(opened.source)} images")
-        batches = _batches(opened, world)
-        with report.progress("eval", len(opened.source)) as progress:
+        with closing(_batches(opened, world)) as batches, report.progress("eval", len(opened.source)) as progress:
             accuracy = measure_accuracy(
                 opened.frozen.model,
                 batches,
@@ -154,8 +155,8 @@ def bill(recipe: Recipe, run: str | None, world: World, report: Report | None = 
     report.stage("timing a few batches")
     start = time.monotonic()
     images = 0
-    with silent.progress("", 0) as progress:
-        for batch in itertools.islice(_batches(opened, world), BILL_BATCHES):
+    with closing(_batches(opened, world)) as batches, silent.progress("", 0) as progress:
+        for batch in itertools.islice(batches, BILL_BATCHES):
             images += len(batch)
             if batch.labels.min() >= 0:
                 measure_accuracy(
@@ -200,8 +201,11 @@ def _open(recipe: Recipe, run: str | None, world: World, report: Report) -> _Eva
             f"--data {recipe.data.path}: has no labels to evaluate against; give labelled images, or a --store"
         )
     check_classes(source, f"model {frozen.name}", frozen.num_classes, frozen.classes)
-    view = resolve_view(replace(recipe.data, augment="none"), frozen.input(recipe.data.image_size))
+    evaluated = replace(recipe.data, augment="none", resize=None, decode=None)
+    view = resolve_view(evaluated, frozen.input(recipe.data.image_size))
     stored = None if store is None else _stored_images(recipe, frozen, store)
+    if store is not None:
+        check_decoder(read_view(store.plan.transform, f"store {store}"), world.device, store)
     frozen.model.to(world.device)
     check_forward(frozen.model, frozen.name, view.image_size)
     settled = {
@@ -275,7 +279,7 @@ def _taught(store: Store) -> View:
     return read_view(store.plan.transform, f"store {store}")
 
 
-def _batches(opened: _Evaluation, world: World) -> Iterator[Batch]:
+def _batches(opened: _Evaluation, world: World) -> Loader:
     config = opened.recipe
     return every_image(opened.source, opened.view, config.eval.batch_size, config.data.skip_unreadable, world)
 

@@ -22,6 +22,7 @@ from distill_cli.data.views import (
     SEEN,
     Transform,
     View,
+    check_decoder,
     own_input,
     read_view,
     resolve_view,
@@ -177,6 +178,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     begun = begin_from(student, recipe.train.init_from, recipe.student.class_map, class_names(source, store), report)
     taught = None if store is None else read_view(store.plan.transform, f"store {store}")
     view = _view(recipe, taught, input_config(student, size), size)
+    check_decoder(view, world.device, store)
     _say_input(view, taught, report)
     check_forward(student, recipe.student.name, view.image_size)
     order = _order(recipe, source, store, view, world)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distill_cli.capture import open_capture
-from distill_cli.data.views import check_replayable, stored_view
+from distill_cli.data.views import check_decoder, check_replayable, read_view, stored_view
 from distill_cli.distributed import World
 from distill_cli.errors import DamagedError, MismatchError, UsageError
 from distill_cli.recipe import Recipe, update
@@ -46,6 +46,7 @@ def extend(
     generation = _next(store, views)
     before = generation.plan
     check_replayable(f"store {store}", before.transform)
+    check_decoder(read_view(before.transform, f"store {store}"), world.device, store)
     capture = open_capture(_as_before(recipe, before), world, report)
     plan = capture.plan
     differing = [line for line in before.differences(plan) if not line.startswith(OF_A_GENERATION)]

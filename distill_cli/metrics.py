@@ -1,7 +1,7 @@
 """What is measured of a model: sums over exactly the images there are, whatever the batches and ranks."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_cli.config import NonNegative, Positive, Precision, section
-from distill_cli.data.loader import Batch, Batches, ListingOrder, load
+from distill_cli.data.loader import Batch, Batches, ListingOrder, Loader
 from distill_cli.data.sources import Source
 from distill_cli.data.views import View, eval_transform
 from distill_cli.distributed import World
@@ -67,11 +67,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def every_image(source: Source, view: View, batch_size: int, skip_unreadable: bool, world: World) -> Iterator[Batch]:
-    """This rank's share of all images of a source, as a model is evaluated on them."""
+def every_image(source: Source, view: View, batch_size: int, skip_unreadable: bool, world: World) -> Loader:
+    """This rank's share of all images of a source, as a model is evaluated on them; to be closed."""
     order = ListingOrder(np.arange(len(source)), batch_size, world.rank, world.size)
     batches = Batches(source, eval_transform(view), order, skip_unreadable=skip_unreadable)
-    return load(batches, range(order.batches), world.workers, world.device)
+    return Loader(batches, range(order.batches), world.workers, world.device)
 
 
 @torch.inference_mode()

@@ -65,7 +65,7 @@ def prove_shard(store: Store, view: int, shard: int, source: Source, transform: 
     others = StoredPartners(store)(view, sample_ids)
     for sample_id, other, expected in zip(sample_ids.tolist(), others.tolist(), opened.probe_crc.tolist(), strict=True):
         with preserved():
-            found = transform.draw([source.read(sample_id)], seed, drawn, [sample_id]).checksum(0)
+            found = transform.pixels_of(source, seed, drawn, sample_id).checksum(0)
             # The partner's own pixels are proven where it is a probe itself.
             mix = transform.mixing and transform.mixing(seed, drawn, sample_id, other)
             found = mix.checksum(found) if mix else found

@@ -20,7 +20,7 @@ from distill_cli.report import Report
 from distill_cli.store.manifest import Manifest, ShardEntry
 from distill_cli.store.plan import PROBES, Generation, Plan, numbered
 from distill_cli.store.rows import Rows, at, trim
-from distill_cli.store.shard import encode, open_shard
+from distill_cli.store.shard import CONTENT_CRC, encode, open_shard
 from distill_cli.store.writer import StoreWriter, check_plan
 
 MARKS = (numbered("plan", 0), numbered("manifest", 0))
@@ -187,20 +187,24 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
 
 def _bytes(plan: Plan, rows: Rows) -> int:
     """The size of a whole store, from some rows of it: what a shard has besides its rows, and what a row has."""
+    return _bytes_of_a_view(plan, rows, first=True) + (plan.views - 1) * _bytes_of_a_view(plan, rows, first=False)
+
+
+def _bytes_of_a_view(plan: Plan, rows: Rows, first: bool) -> int:
     n = len(rows)
-    full, half = (_encoded(plan, at(rows, slice(size))) for size in (n, n // 2))
+    full, half = (_encoded(plan, at(rows, slice(size)), first) for size in (n, n // 2))
     per_row = (full - half) / (n - n // 2)
-    of_contents = 4 * plan.samples
-    return round(plan.views * plan.shards * (full - n * per_row) + plan.rows * per_row) + of_contents
+    return round(plan.shards * (full - n * per_row) + plan.samples * per_row)
 
 
-def _encoded(plan: Plan, rows: Rows) -> int:
-    """The size of a shard of just these rows."""
+def _encoded(plan: Plan, rows: Rows, first: bool) -> int:
+    """The size of a shard of just these rows, of the first view or of another."""
     if len(rows) == 0:
         return 0
     alone = replace(plan, samples=len(rows), shard_rows=len(rows), shard_sizes=None)
     dealt = replace(rows, sample_id=alone.dealing.sample_ids(0))
-    return len(encode(alone, 0, 0, dealt, np.zeros(min(PROBES, len(rows)), np.uint32)))
+    extra = {CONTENT_CRC: np.zeros(len(rows), np.uint32)} if first else {}
+    return len(encode(alone, 0, 0, dealt, np.zeros(min(PROBES, len(rows)), np.uint32), extra=extra))
 
 
 def _half_top_k(plan: Plan, rows: Rows, size: int) -> int | None:

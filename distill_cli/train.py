@@ -1,7 +1,7 @@
 """`distill train`: train a student, from labels, from a store, or from both."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from distill_cli.accumulate import backward
 from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoint_path, checkpoint_tensors, snapshot
 from distill_cli.clipping import clip_gradients
 from distill_cli.data import image_cache
-from distill_cli.data.loader import Batch
+from distill_cli.data.loader import Batch, Loader
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.divergence import Guard, check_finite
@@ -158,13 +158,14 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     with (
         closing(History(out, done.step, write=world.is_main)) as history,
         Saver(out, config.keep, report.warn) as saver,
+        closing(_validation(setup, world)) as validation,
         Signals() as signals,
         report.progress("train", setup.steps * images, done.step * images) as progress,
     ):
         while True:
             saver.best = history.best
             if setup.validates_at(done.step) and done.step not in history.validated:
-                numbers = _validate(setup, world, signals, saver)
+                numbers = _validate(setup, validation, world, signals, saver)
                 if world.is_main and history.is_best(numbers):
                     _deliver(out / BEST, setup, numbers)
                 history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **numbers}, "val")
@@ -267,26 +268,30 @@ def _resume(setup: Experiment, out: Path, report: Report) -> _Done:
     return _Done(**state)
 
 
-def _validate(setup: Experiment, world: World, signals: Signals, saver: Saver) -> dict[str, float]:
+def _validation(setup: Experiment, world: World) -> Loader:
+    """The validation images, for all validations of a run; where there are none it is never begun."""
+    config, source = setup.recipe, setup.source if setup.validation is None else setup.validation
+    return every_image(source, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
+
+
+def _validate(setup: Experiment, validation: Loader, world: World, signals: Signals, saver: Saver) -> dict[str, float]:
     """Accuracy on all validation images, in fp32 as `distill eval` has it; that of the average as `ema_…`."""
     assert setup.val is not None
-    config = setup.recipe
     # Of which every rank has at least so many.
-    common = len(setup.val) // world.size // config.eval.batch_size
+    common = len(setup.val) // world.size // setup.recipe.eval.batch_size
     students = {"": setup.objective.student} | ({} if setup.ema is None else {"ema_": setup.ema.module})
     numbers: dict[str, float] = {}
     for prefix, student in students.items():
-        loaded = every_image(setup.val, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
         # LeViT and TinyViT keep their attention biases in evaluation; up to timm 1.0.22 only train() drops them.
         student.train().eval()
-        batches = _until(signals, loaded, world, common, saver)
+        batches = _until(signals, validation, world, common, saver)
         with Report(quiet=True).progress("", 0) as progress:
             accuracy = measure_accuracy(student, batches, setup.classes, world, "fp32", progress)
         numbers |= {prefix + name: getattr(accuracy, name) for name in ("top1", "top5", "nll", "ece", "images")}
     return numbers
 
 
-def _until(signals: Signals, batches: Iterator[Batch], world: World, common: int, saver: Saver) -> Iterator[Batch]:
+def _until(signals: Signals, batches: Iterable[Batch], world: World, common: int, saver: Saver) -> Iterator[Batch]:
     """Break off a validation on a signal: its checkpoint is saved, and the next attempt begins with it.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from distill_cli import __version__
-from distill_cli.cli import doctor, evaluate, models, quickstart, recipes, store, teacher_logits, train
+from distill_cli.cli import bench, doctor, evaluate, models, quickstart, recipes, store, teacher_logits, train
 from distill_cli.cli.output import emit
 from distill_cli.errors import DistillError, Stopped
 
@@ -26,6 +26,7 @@ app.command("quickstart")(quickstart.command)
 app.add_typer(store.app, name="store")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(models.app, name="models")
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.command)
 
 # The public way to typer's usage errors, whose module is its own affair.

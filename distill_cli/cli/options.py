@@ -71,6 +71,13 @@ StoreOut = Annotated[Path, typer.Option("--out", metavar="STORE", help="The stor
 RunOut = Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's directory.", show_default=False)]
 ImageSize = Annotated[int | None, typer.Option("--image-size", metavar="PX", help="Side of the model's input.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Images, over all ranks.")]
+ViewsPerRead = Annotated[
+    int | None, typer.Option("--views-per-read", metavar="N", help="Views of an image each time it is decoded.")
+]
+Decode = Annotated[
+    str | None,
+    typer.Option("--decode", metavar="full|reduced|torch|cuda", help="How images are decoded for their views."),
+]
 Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="Loader processes; 0 for none.")]
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
 Gpus = Annotated[

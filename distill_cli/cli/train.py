@@ -29,11 +29,10 @@ def command(
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.")] = None,
     batch_size: options.BatchSize = None,
-    views_per_read: Annotated[
-        int | None, typer.Option("--views-per-read", metavar="N", help="Views of an image each time it is decoded.")
-    ] = None,
+    views_per_read: options.ViewsPerRead = None,
     lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Peak learning rate, unscaled.")] = None,
     image_size: options.ImageSize = None,
+    decode: options.Decode = None,
     workers: options.Workers = None,
     device: options.Device = None,
     gpus: options.Gpus = None,
@@ -80,6 +79,7 @@ def command(
             ("--views-per-read", "train.views_per_read", views_per_read),
             ("--lr", "train.lr", lr),
             ("--image-size", "data.image_size", image_size),
+            ("--decode", "data.decode", decode),
             ("--workers", "runtime.workers", workers),
             ("--device", "runtime.device", device),
             ("--precision", "train.precision", precision),

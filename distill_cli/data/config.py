@@ -8,6 +8,8 @@ from pydantic import Field
 from distill_cli.config import Colour, Fraction, Natural, NonNegative, Positive, PositiveFloat, Range, section
 
 Augment = Literal["none", "rrc", "pad-crop", "src"]
+Resizing = Literal["pillow", "torch"]
+Decoding = Literal["full", "reduced", "torch", "cuda"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "random"]
 Hue = Annotated[float, Field(ge=0, le=0.5)]
 Jitter = NonNegative | tuple[NonNegative, NonNegative, NonNegative] | tuple[NonNegative, NonNegative, NonNegative, Hue]
@@ -83,6 +85,11 @@ class DataConfig:
     """Probability that a pair of images is mixed at all, where `mixup` or `cutmix` is given; 1."""
     mixup_switch_prob: Fraction | None = None
     """Probability of CutMix, where both are given; 0.5."""
+    resize: Resizing | None = None
+    """What resizes a crop: `pillow`; or `torch`, which is faster and a level or two beside it in few pixels."""
+    decode: Decoding | None = None
+    """`full`; `reduced`: a JPEG at 1/2, 1/4 or 1/8 of its sides where the crop keeps as many pixels as the input has;
+    `torch`, `cuda`: decoded, cropped and augmented as tensors, by the loader's processes or on the GPU."""
 
 
 @section
@@ -114,6 +121,8 @@ class View:
     cutmix: NonNegative = 0.0
     mixup_prob: Fraction = 1.0
     mixup_switch_prob: Fraction = 0.5
+    resize: Resizing = "pillow"
+    decode: Decoding = "full"
 
     @property
     def mixes(self) -> bool:
@@ -131,6 +140,9 @@ class View:
             if field.default is MISSING or values[field.name] != field.default
         }
 
+
+TENSORS = ("torch", "cuda")
+"""Values of `decode` by which a view is made of tensors from the start."""
 
 DEFAULTS = {
     "scale": (0.08, 1.0),

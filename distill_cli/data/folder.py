@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from distill_cli.data.images import Readable, decode, read_file
+from distill_cli.data.images import Encoded, Readable, read_file
 from distill_cli.data.listing_cache import cached_listing
 from distill_cli.report import Report
 
@@ -30,8 +29,8 @@ class ImageFolder(Readable):
     def content(self, sample_id: int) -> bytes:
         return read_file(self.root / self.keys[sample_id])
 
-    def decode(self, sample_id: int, content: bytes) -> Image.Image:
-        return decode(content, self.root / self.keys[sample_id])
+    def encoded(self, sample_id: int, content: bytes) -> Encoded:
+        return Encoded(content, self.root / self.keys[sample_id])
 
 
 def open_folder(folder: Path, split: str, cached: bool = True, report: Report | None = None) -> ImageFolder | None:

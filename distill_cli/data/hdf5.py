@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill_cli.data.folder import SPLITS
-from distill_cli.data.images import Readable, decode, unreadable
+from distill_cli.data.images import Encoded, Readable, unreadable
 from distill_cli.data.keys import Numbers
 from distill_cli.data.labels import Labels, from_numbers, from_text
 from distill_cli.errors import UsageError
@@ -54,9 +54,12 @@ class Hdf5Source(Readable):
             raise unreadable(self._name(sample_id), error) from error
         return stored if isinstance(stored, bytes) else stored.tobytes()
 
+    def encoded(self, sample_id: int, content: bytes) -> Encoded | None:
+        return Encoded(content, self._name(sample_id)) if self.shape is None else None
+
     def decode(self, sample_id: int, content: bytes) -> Image.Image:
         if self.shape is None:
-            return decode(content, self._name(sample_id))
+            return super().decode(sample_id, content)
         return Image.fromarray(np.frombuffer(content, np.uint8).reshape(self.shape)).convert("RGB")
 
     def _name(self, sample_id: int) -> str:

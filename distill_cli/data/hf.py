@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from distill_cli.data.folder import SPLITS
-from distill_cli.data.images import Readable, decode, unreadable
+from distill_cli.data.images import Encoded, Readable, unreadable
 from distill_cli.data.keys import Numbers
 from distill_cli.data.labels import Labels, from_numbers, from_text
 from distill_cli.errors import UsageError
@@ -48,8 +47,8 @@ class HfSource(Readable):
         content: bytes = stored["bytes"]
         return content
 
-    def decode(self, sample_id: int, content: bytes) -> Image.Image:
-        return decode(content, f"{self.name}[{sample_id}]")
+    def encoded(self, sample_id: int, content: bytes) -> Encoded:
+        return Encoded(content, f"{self.name}[{sample_id}]")
 
 
 def open_hf(path: str, split: str) -> HfSource | None:

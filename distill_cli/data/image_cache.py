@@ -203,7 +203,7 @@ def cached(source: Source, config: DataConfig, part: str, short_side: int, world
         short_side: of the view that the images are read for.
 
     Raises:
-        UsageError: the disk is too small, or the folder holds something else.
+        UsageError: the disk is too small, the folder holds something else, or a view decodes for each crop.
         MismatchError: it is the cache of other images, of another size, or of other decoders; both are named.
         UnreadableImage: an image does not decode, and is not to be skipped.
         DistillError: the disk is full.
@@ -211,6 +211,10 @@ def cached(source: Source, config: DataConfig, part: str, short_side: int, world
     """
     if config.cache is None:
         return source
+    if part == "train" and config.decode not in (None, "full"):
+        raise UsageError(
+            f"--cache: keeps decoded images, and data.decode={config.decode} decodes for each crop; leave one out"
+        )
     cache = _opened(source, config, part, short_side)
     if not _is_complete(cache):
         _fill(cache, config.skip_unreadable, world, report)

@@ -5,6 +5,10 @@ import os
 import stat
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -22,14 +26,69 @@ class UnreadableImage(DistillError):
     """One image cannot be decoded; `--skip-unreadable` goes on without it."""
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded image, decoded once it is known how much of it is needed."""
+
+    content: bytes
+    name: object
+    """Of the line about one that is no image."""
+
+    @cached_property
+    def header(self) -> Image.Image:
+        """The image without its pixels: it has its size.
+
+        Raises:
+            UnreadableImage: it is no image.
+        """
+        with self._readable():
+            return Image.open(io.BytesIO(self.content))
+
+    def decoded(self, by: int = 1) -> Image.Image:
+        """The first frame as RGB, as Pillow has it: EXIF rotation is not applied.
+
+        Args:
+            by: 1, 2, 4 or 8, at most the shorter side: libjpeg decodes a JPEG at this part of its sides, rounded up;
+                any other image is whole.
+
+        Raises:
+            UnreadableImage: it is no image, is cut short or damaged, or has more pixels than Pillow takes for harmless.
+        """
+        with self._readable(), Image.open(io.BytesIO(self.content)) as image:
+            if by > 1 and image.format == "JPEG":
+                image.draft(image.mode, (image.width // by, image.height // by))
+            return as_rgb(image)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            with warnings.catch_warnings():
+                # Pillow warns of odd metadata, and of half the size that it refuses.
+                warnings.simplefilter("ignore")
+                yield
+        except DistillError:
+            raise
+        except Exception as error:
+            # Pillow's plugins let through whatever a damaged file makes them stumble over.
+            raise unreadable(self.name, error) from error
+
+
 class Readable:
-    """An image is read by its content, and decoded from it: what every source does in two steps of its own."""
+    """An image is read by its content, and decoded from it: what every source does in two steps of its own.
+
+    One whose images are encoded says `encoded`, one whose content is pixels says `decode`.
+    """
 
     def content(self, sample_id: int) -> bytes:
         raise NotImplementedError
 
+    def encoded(self, sample_id: int, content: bytes) -> Encoded | None:
+        return None
+
     def decode(self, sample_id: int, content: bytes) -> Image.Image:
-        raise NotImplementedError
+        encoded = self.encoded(sample_id, content)
+        assert encoded is not None, "a source of pixels has a decode of its own"
+        return encoded.decoded()
 
     def read(self, sample_id: int) -> Image.Image:
         return self.decode(sample_id, self.content(sample_id))
@@ -82,29 +141,16 @@ def _look_at(file: IO[bytes], name: object) -> None:
     file.seek(0)
 
 
-def decode(content: bytes, name: object) -> Image.Image:
-    """The first frame of an encoded image as RGB, as Pillow has it: EXIF rotation is not applied.
-
-    Raises:
-        UnreadableImage: it is no image, is cut short or damaged, or has more pixels than Pillow takes for harmless.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of odd metadata, and of half the size that it refuses.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content)) as image:
-                return as_rgb(image)
-    except Exception as error:
-        # Pillow's plugins let through whatever a damaged file makes them stumble over.
-        raise unreadable(name, error) from error
-
-
 def as_rgb(image: Image.Image) -> Image.Image:
     """RGB of any kind of image; Pillow itself clips 16 bits to 8, where the high byte is meant."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
+    if image.mode == "RGB":
+        # Without the copy that convert makes.
+        image.load()
+        return image
     return image.convert("RGB")
 
 

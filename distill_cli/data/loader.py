@@ -10,19 +10,20 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from distill_cli.data.mixing import Mix, Partners, together
-from distill_cli.data.pixels import Mixture, Pixels, joined
+from distill_cli.data.pixels import Mixture, Pixels
 from distill_cli.data.sources import Source, UnreadableImage
+from distill_cli.data.tensors import Undecoded
 from distill_cli.data.views import Transform
 from distill_cli.errors import DistillError
 from distill_cli.randomness import derive, preserved
@@ -78,6 +79,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def without(self, unreadable: Mapping[int, UnreadableImage]) -> "Batch":
+        """The batch, which is not mixed, without some samples, by their places; `skipped` has what is said of them."""
+        samples = len(self) // len(self.views)
+        kept = np.flatnonzero([place % samples not in unreadable for place in range(len(self))])
+        at, ids = torch.from_numpy(kept), self.sample_ids[kept]
+        return replace(
+            self,
+            labels=self.labels[at],
+            sample_ids=ids,
+            teacher=self.teacher and self.teacher.at(at),
+            skipped=(*self.skipped, *map(str, unreadable.values())),
+            content_crc={i: self.content_crc[i] for i in ids.tolist()} if self.content_crc else {},
+        )
+
     @property
     def view(self) -> int:
         """The only one, or the first of several."""
@@ -95,11 +110,19 @@ class Loaded:
 
     batch: Batch
     """Its `images` are empty."""
-    pixels: Pixels | None
+    pixels: Pixels | Undecoded | None
     """None where no image could be decoded."""
+    places: NDArray[np.int64] | None = None
+    """Of samples that a GPU is to decode: by which the first are checksummed; None: they need no checksum."""
+    skip_unreadable: bool = False
 
     def to(self, device: torch.device) -> "Loaded":
-        return self._each(lambda part: part.to(device, non_blocking=True), lambda part: part.to(device))
+        """
+        Raises:
+            UnreadableImage: an image that is decoded there cannot be, and is not to be skipped.
+        """
+        here = self._decoded(self.pixels, device) if isinstance(self.pixels, Undecoded) else self
+        return here._each(lambda part: part.to(device, non_blocking=True), lambda part: part.to(device))
 
     def pin_memory(self) -> "Loaded":
         return self._each(Tensor.pin_memory, lambda part: part.pin_memory())
@@ -107,13 +130,45 @@ class Loaded:
     def _each(self, tensor: Callable[[Tensor], Tensor], other: Callable[[Any], Any]) -> "Loaded":
         batch, pixels = self.batch, self.pixels
         teacher, mixed = batch.teacher and other(batch.teacher), batch.mixed and other(batch.mixed)
-        return Loaded(
-            replace(batch, labels=tensor(batch.labels), teacher=teacher, mixed=mixed), pixels and other(pixels)
-        )
+        moved = replace(batch, labels=tensor(batch.labels), teacher=teacher, mixed=mixed)
+        return replace(self, batch=moved, pixels=pixels and other(pixels))
+
+    def _decoded(self, undecoded: Undecoded, device: torch.device) -> "Loaded":
+        pixels, unreadable = undecoded.made(device)
+        if unreadable and not self.skip_unreadable:
+            raise next(iter(unreadable.values()))
+        batch, places = self.batch, self.places
+        if unreadable:
+            batch = batch.without(unreadable)
+            places = None if places is None else np.delete(places, list(unreadable))
+        if places is not None:
+            ids = batch.sample_ids[: len(places)]
+            batch = replace(batch, probe_crc=checksums(ids, places, pixels, {}, ids.tolist()))
+        return Loaded(batch, pixels if len(batch) else None)
 
     def finished(self, transform: Transform) -> Batch:
         """The batch with its images, made where the pixels are."""
+        assert not isinstance(self.pixels, Undecoded)
         return self.batch if self.pixels is None else replace(self.batch, images=transform.inputs(self.pixels))
+
+
+def checksums(
+    sample_ids: NDArray[np.int64],
+    places: NDArray[np.int64],
+    pixels: Pixels,
+    mixes: Mapping[int, Mix],
+    drawn: Sequence[int],
+) -> dict[int, int]:
+    """By sample id, of those of a batch that come first by place.
+
+    Args:
+        drawn: the samples of the pixels' images, in their order.
+    """
+    found = {}
+    for sample_id in sample_ids[np.argsort(places)[:PROBES]].tolist():
+        crc = pixels.checksum(drawn.index(sample_id))
+        found[sample_id] = mixes[sample_id].checksum(crc) if sample_id in mixes else crc
+    return found
 
 
 ROWS_AHEAD = 8192
@@ -279,7 +334,7 @@ class Batches(Dataset["Loaded | DistillError"]):
 
     def load(self, number: int) -> Batch:
         """One batch, whole, in this process."""
-        return self.draw(number).finished(self.transform)
+        return self.draw(number).to(torch.device("cpu")).finished(self.transform)
 
     def draw(self, number: int) -> Loaded:
         """What a batch is made of.
@@ -290,22 +345,27 @@ class Batches(Dataset["Loaded | DistillError"]):
         assert (self.transform.mixing is None) == (self.partners is None), "only what mixes needs partners"
         first, wanted = self.order(number)
         views = self._views(first)
-        teacher = self._teacher(number, len(wanted)) if self.rows else None
         with preserved():
             mixes = [self._mixes(view, wanted) for view in views]
             others = (mix.partner for of in mixes for mix in of.values())
-            images, unreadable, content_crc = self._read(
-                [*wanted.tolist(), *others], self.with_content_crc and first == 0
-            )
-            if self.partners is not None and not self.partners.final:
-                # Whose partner cannot be read stays as it is.
-                mixes = [{i: mix for i, mix in of.items() if mix.partner in images} for of in mixes]
-            ids, skipped = _whole(wanted.tolist(), mixes, unreadable)
-            pixels = [self._pixels(view, ids, of, images) for view, of in zip(views, mixes, strict=True) if ids]
+            read = self._read([*wanted.tolist(), *others], views, self.with_content_crc and first == 0)
+        if self.partners is not None and not self.partners.final:
+            # Whose partner cannot be read stays as it is.
+            mixes = [{i: mix for i, mix in of.items() if mix.partner not in read.unreadable} for of in mixes]
+        ids, skipped = _whole(wanted.tolist(), mixes, read.unreadable)
         sample_ids = np.array(ids, np.int64)
+        teacher = self._teacher(number, len(wanted)) if self.rows else None
         if teacher is not None and skipped:
             kept = np.tile(np.isin(wanted, sample_ids), len(views))
             teacher = teacher.at(torch.from_numpy(np.flatnonzero(kept)))
+        pixels = read.pixels if ids else None
+        places = None if self.probes is None else self.probes.place(sample_ids)
+        probe_crc: dict[int, int] = {}
+        if isinstance(pixels, Pixels):
+            if places is not None:
+                probe_crc = checksums(sample_ids, places, pixels, mixes[0], read.ids)
+            if self.partners is not None:
+                pixels = replace(pixels, mixture=Mixture.of(read.ids, ids, mixes))
         batch = Batch(
             images=torch.empty(0),
             labels=torch.from_numpy(np.tile(self._labels(sample_ids), len(views))),
@@ -313,11 +373,11 @@ class Batches(Dataset["Loaded | DistillError"]):
             views=views,
             teacher=teacher,
             skipped=tuple(skipped),
-            probe_crc=self._checksums(sample_ids, pixels[0], mixes[0]) if self.probes and pixels else {},
+            probe_crc=probe_crc,
             mixed=None if self.partners is None else self._mixed_labels(ids, mixes),
-            content_crc={sample_id: content_crc[sample_id] for sample_id in ids} if content_crc else {},
+            content_crc={sample_id: read.content_crc[sample_id] for sample_id in ids} if read.content_crc else {},
         )
-        return Loaded(batch, joined(pixels) if pixels else None)
+        return Loaded(batch, pixels, None if isinstance(pixels, Pixels) else places, self.skip_unreadable)
 
     def _views(self, first: int) -> tuple[int, ...]:
         views = range(first, first + self.views_per_read)
@@ -336,40 +396,24 @@ class Batches(Dataset["Loaded | DistillError"]):
         mixes = {sample_id: self.transform.mixing(seed, drawn, sample_id, partner) for sample_id, partner in pairs}
         return {sample_id: mix for sample_id, mix in mixes.items() if mix is not None}
 
-    def _read(
-        self, wanted: Iterable[int], with_crc: bool
-    ) -> tuple[dict[int, Image.Image], dict[int, str], dict[int, int]]:
-        """The images that can be decoded, what is said of the others, and the checksums of contents."""
-        images, unreadable, content_crc = dict[int, Image.Image](), dict[int, str](), dict[int, int]()
-        for sample_id in dict.fromkeys(wanted):
+    def _read(self, wanted: Iterable[int], views: Sequence[int], with_crc: bool) -> "_Read":
+        """Read, and draw, each of some samples once."""
+        each = list(dict.fromkeys(wanted))
+        drawing, drawn = self.transform.drawing(len(each), len(views)), [self._drawn(view) for view in views]
+        ids, unreadable, content_crc = list[int](), dict[int, str](), dict[int, int]()
+        for sample_id in each:
             try:
-                if with_crc:
-                    image, content_crc[sample_id] = self.source.read_with_crc(sample_id)
-                else:
-                    image = self.source.read(sample_id)
-                images[sample_id] = self.transform.reduced(image)
+                image, crc = self.transform.fetch(self.source, sample_id, with_crc)
+                drawing.add(image, drawn, sample_id)
             except UnreadableImage as error:
                 if not self.skip_unreadable:
                     raise
                 unreadable[sample_id] = str(error)
-        return images, unreadable, content_crc
-
-    def _pixels(self, view: int, ids: list[int], mixes: dict[int, Mix], images: dict[int, Image.Image]) -> Pixels:
-        """What a view draws for some samples, and for partners that are not among them."""
-        of_batch, there = [mixes.get(sample_id) for sample_id in ids], set(ids)
-        others = dict.fromkeys(mix.partner for mix in of_batch if mix is not None and mix.partner not in there)
-        every = [*ids, *others]
-        pixels = self.transform.draw([images[sample_id] for sample_id in every], *self._drawn(view), every)
-        return pixels if self.partners is None else replace(pixels, mixture=Mixture.of(every, of_batch))
-
-    def _checksums(self, sample_ids: NDArray[np.int64], pixels: Pixels, mixes: dict[int, Mix]) -> dict[int, int]:
-        """By sample id, of those of a batch that come first by place."""
-        assert self.probes is not None
-        found = {}
-        for number in np.argsort(self.probes.place(sample_ids))[:PROBES].tolist():
-            crc, sample_id = pixels.checksum(number), int(sample_ids[number])
-            found[sample_id] = mixes[sample_id].checksum(crc) if sample_id in mixes else crc
-        return found
+                continue
+            ids.append(sample_id)
+            if crc is not None:
+                content_crc[sample_id] = crc
+        return _Read(drawing.drawn() if ids else None, ids, unreadable, content_crc)
 
     def _labels(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         labels = self.source.labels
@@ -406,6 +450,17 @@ class Batches(Dataset["Loaded | DistillError"]):
                 self._ahead[number] = stacked([of_view.at(part) for of_view in rows])
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What was read and drawn for a batch, and for partners that it lacks."""
+
+    pixels: Pixels | Undecoded | None
+    ids: list[int]
+    """Whose images these are, in their order; in each of the views."""
+    unreadable: dict[int, str]
+    content_crc: dict[int, int]
+
+
 def _whole(
     wanted: Iterable[int], mixes: Sequence[dict[int, Mix]], unreadable: Mapping[int, str]
 ) -> tuple[list[int], list[str]]:
@@ -422,30 +477,54 @@ def _whole(
 
 
 def load(batches: Batches, numbers: Iterable[int], workers: int, device: torch.device) -> Iterator[Batch]:
-    """Load the batches of these numbers, in order, ahead of use, onto a device.
+    """Load the batches of these numbers, in order, ahead of use, onto a device; once, by processes that then end.
+
+    Raises:
+        DistillError: what a batch met, or a worker that died.
+    """
+    with closing(Loader(batches, numbers, workers, device)) as loader:
+        yield from loader
+
+
+class Loader:
+    """Loads the batches of some numbers, in order, ahead of use, onto a device: as often as it is iterated.
 
     What crosses to the device are bytes, a quarter of the inputs that are made of them there. Beside a GPU the next
     batch crosses, on a stream of its own, while the last one is used.
 
     Args:
-        workers: processes that load; 0 loads in this one.
-
-    Raises:
-        DistillError: what a batch met, or a worker that died.
+        workers: processes that load, from the first batch until `close`; 0 loads in this one.
     """
-    loaded = in_workers(batches, numbers, workers, pin_memory=device.type == "cuda")
-    try:
-        if device.type == "cuda":
-            yield from _ahead_of_use(loaded, batches.transform, device)
-        else:
-            yield from (drawn.to(device).finished(batches.transform) for drawn in loaded)
-    finally:
-        loaded.close()
+
+    def __init__(self, batches: Batches, numbers: Iterable[int], workers: int, device: torch.device) -> None:
+        self._transform, self._device = batches.transform, device
+        self._loader: DataLoader[Loaded | DistillError] | None = _processes(
+            batches, numbers, workers, pin_memory=device.type == "cuda", persistent=True
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """
+        Raises:
+            DistillError: what a batch met, or a worker that died.
+        """
+        assert self._loader is not None, "it is closed"
+        loaded = _checked(iter(self._loader))
+        try:
+            if self._device.type == "cuda":
+                yield from _ahead_of_use(loaded, self._transform, self._device)
+            else:
+                yield from (drawn.to(self._device).finished(self._transform) for drawn in loaded)
+        finally:
+            # An error holds this frame, and the frame the workers: let go of them here, not when garbage is collected.
+            loaded.close()
+            del loaded
+
+    def close(self) -> None:
+        """End the processes."""
+        self._loader = None
 
 
-def in_workers(
-    dataset: "Dataset[T | DistillError]", numbers: Iterable[int], workers: int, pin_memory: bool = False
-) -> Generator[T]:
+def in_workers(dataset: "Dataset[T | DistillError]", numbers: Iterable[int], workers: int) -> Generator[T]:
     """What a data set has at these numbers, in order, ahead of use.
 
     Args:
@@ -454,7 +533,18 @@ def in_workers(
     Raises:
         DistillError: what the data set hands over as such, or a worker that died.
     """
-    loader = DataLoader(
+    loaded = _checked(iter(_processes(dataset, numbers, workers)))
+    try:
+        yield from loaded
+    finally:
+        loaded.close()
+        del loaded
+
+
+def _processes(
+    dataset: "Dataset[T]", numbers: Iterable[int], workers: int, pin_memory: bool = False, persistent: bool = False
+) -> "DataLoader[T]":
+    return DataLoader(
         dataset,
         batch_size=None,
         sampler=numbers,
@@ -462,14 +552,8 @@ def in_workers(
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
         worker_init_fn=_begin_worker,
+        persistent_workers=persistent and workers > 0,
     )
-    loaded = _checked(iter(loader))
-    try:
-        yield from loaded
-    finally:
-        # An error holds this frame, and the frame the workers: let go of them here, not when garbage is collected.
-        loaded.close()
-        del loader, loaded
 
 
 def _as_it_is(item: T) -> T:

@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -44,18 +44,21 @@ class Mixture:
     """int64 `[batch, 4]`: top, bottom, left, right of what is the partner's alone; zeros where there is no box."""
 
     @classmethod
-    def of(cls, sample_ids: Sequence[int], mixes: Sequence[Mix | None]) -> "Mixture":
+    def of(cls, drawn: Sequence[int], batch: Sequence[int], mixes: Sequence[Mapping[int, Mix]]) -> "Mixture":
         """The mixture of a batch's inputs.
 
         Args:
-            sample_ids: of the images: those of the batch, then the partners that it lacks.
-            mixes: of the batch.
+            drawn: the samples of the images, in their order, the same in each view: the batch's, and partners that it
+                lacks.
+            batch: the samples of the inputs.
+            mixes: of each view, by sample, what is mixed into it.
         """
-        place = {sample_id: number for number, sample_id in enumerate(sample_ids)}
+        place = {sample_id: number for number, sample_id in enumerate(drawn)}
+        inputs = [(view * len(drawn), i, of.get(i)) for view, of in enumerate(mixes) for i in batch]
         return cls(
-            torch.tensor([(own, place[mix.partner] if mix else own) for own, mix in enumerate(mixes)]),
-            torch.tensor([mix.lam if mix and mix.box is None else 1.0 for mix in mixes]),
-            torch.tensor([(mix and mix.box) or (0, 0, 0, 0) for mix in mixes]),
+            torch.tensor([(first + place[i], first + place[mix.partner if mix else i]) for first, i, mix in inputs]),
+            torch.tensor([mix.lam if mix and mix.box is None else 1.0 for *_, mix in inputs]),
+            torch.tensor([(mix and mix.box) or (0, 0, 0, 0) for *_, mix in inputs]),
         )
 
     def mixed(self, images: Tensor) -> Tensor:
@@ -92,12 +95,12 @@ class Pixels:
     """None: each image is an input."""
 
     @classmethod
-    def of(cls, images: Sequence[Tensor], boxes: Sequence[Box | None]) -> "Pixels":
-        """A batch of single images and what is erased of each."""
+    def of(cls, images: Tensor, boxes: Sequence[Box | None]) -> "Pixels":
+        """A batch of images and what is erased of each."""
         there = [(place, box) for place, box in enumerate(boxes) if box is not None]
         edges = tuple((place, box.top, box.left, *box.noise.shape[1:]) for place, box in there)
         noise = torch.cat([box.noise.flatten() for _, box in there]) if there else torch.empty(0)
-        return cls(torch.stack(tuple(images)), edges, noise)
+        return cls(images, edges, noise)
 
     @cached_property
     def boxes(self) -> tuple[Box | None, ...]:
@@ -120,11 +123,11 @@ class Pixels:
 
     def checksum(self, place: int) -> int:
         """The CRC-32 of an image's bytes and, where it is erased, of top, left, height, width (int32) and the noise."""
-        crc, box = zlib.crc32(self.images[place].numpy().tobytes()), self.boxes[place]
+        crc, box = zlib.crc32(self.images[place].cpu().numpy().tobytes()), self.boxes[place]
         if box is None:
             return crc
         crc = zlib.crc32(struct.pack("<4i", box.top, box.left, *box.noise.shape[1:]), crc)
-        return zlib.crc32(box.noise.numpy().astype("<f4", copy=False).tobytes(), crc)
+        return zlib.crc32(box.noise.cpu().numpy().astype("<f4", copy=False).tobytes(), crc)
 
     def inputs(self, mean: Colour, std: Colour) -> Tensor:
         """float32 `[batch, 3, size, size]`, normalised, erased, then mixed; on the device where the pixels are."""
@@ -135,21 +138,3 @@ class Pixels:
                 height, width = box.noise.shape[1:]
                 inputs[place, :, box.top : box.top + height, box.left : box.left + width] = box.noise
         return inputs if self.mixture is None else self.mixture.mixed(inputs)
-
-
-def joined(parts: Sequence[Pixels]) -> Pixels:
-    """Several batches as one."""
-    if len(parts) == 1:
-        return parts[0]
-    first, edges, mixtures = 0, list[tuple[int, int, int, int, int]](), list[Mixture]()
-    for part in parts:
-        edges += [(first + place, *box) for place, *box in part.edges]  # type: ignore[misc]
-        if part.mixture is not None:
-            mixtures.append(replace(part.mixture, pairs=part.mixture.pairs + first))
-        first += len(part.images)
-    return Pixels(
-        torch.cat([part.images for part in parts]),
-        tuple(edges),
-        torch.cat([part.noise for part in parts]),
-        Mixture(*map(torch.cat, zip(*(mixture.parts for mixture in mixtures), strict=True))) if mixtures else None,
-    )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from distill_cli.data.images import UnreadableImage
+from distill_cli.data.images import Encoded, UnreadableImage
 from distill_cli.data.keys import keys_sha256
 from distill_cli.errors import MismatchError
 from distill_cli.files import sha256
@@ -42,6 +42,10 @@ class Source(Protocol):
         Raises:
             UnreadableImage: it cannot be read.
         """
+        ...
+
+    def encoded(self, sample_id: int, content: bytes) -> Encoded | None:
+        """The image of some content, to be decoded later; None where the content is pixels."""
         ...
 
     def decode(self, sample_id: int, content: bytes) -> Image.Image:

@@ -5,10 +5,14 @@ torchvision replays without anything stored. (TinyViT stores a seed a sample and
 vendored transforms, which misses those that draw elsewhere; FKD stores crop boxes and knows no other transform.)
 """
 
+import itertools
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import ValidationError
@@ -19,16 +23,34 @@ from torch import Tensor
 from torchvision import transforms
 
 from distill_cli.config import Colour
-from distill_cli.data.config import DEFAULTS, SEEN, DataConfig, View, said
-from distill_cli.data.crops import RANDOM, CentreCrop, Elsewhere, PadCrop, SimpleCrop, evaluated, reduced
+from distill_cli.data.config import DEFAULTS, SEEN, TENSORS, DataConfig, View, said
+from distill_cli.data.crops import (
+    RANDOM,
+    RESIZES,
+    TORCHS,
+    CentreCrop,
+    Crop,
+    Elsewhere,
+    PadCrop,
+    RandomResizedCrop,
+    SimpleCrop,
+    evaluated,
+    reduced,
+)
+from distill_cli.data.images import Encoded
 from distill_cli.data.mixing import Mixing
 from distill_cli.data.pixels import Box, Pixels
 from distill_cli.data.policies import TRIVIAL, Trivial, in_proportion
+from distill_cli.data.sources import Source
+from distill_cli.data.tensors import Given, Look, TensorView, Undecoded, header_of
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.randomness import derive, seed_everything
 
 SMALL = 32
 """Up to this side in pixels an image is small: padded and cropped rather than zoomed into, and evaluated whole."""
+
+PILLOWS = {"color_jitter": 0.0, "grayscale_prob": 0.0, "gaussian_blur_prob": 0.0, "resize": "pillow"}
+"""What views of tensors are without."""
 
 IMPORTED = "tinyvit"
 """What a plan's transform says for its `augment` where the rows were imported."""
@@ -46,6 +68,7 @@ def resolve_view(config: DataConfig, model: Mapping[str, Any]) -> View:
         own["padding"] = 4
     view = View(**{**DEFAULTS, **own, **said(config)})
     _check_policy(view)
+    check_view(view)
     return view
 
 
@@ -101,7 +124,9 @@ def student_view(config: DataConfig, taught: View, own: Mapping[str, Any]) -> Vi
                 "drawn and the other is not, so that all draws behind it would differ; leave it out"
             )
         values["interpolation"] = taught.interpolation
-    return replace(taught, **values)
+    view = replace(taught, **values)
+    check_view(view)
+    return view
 
 
 def _check_same(config: DataConfig, view: View, names: Sequence[str]) -> None:
@@ -126,18 +151,45 @@ def check_replayable(where: str, transform: Mapping[str, Any]) -> None:
         )
 
 
+def check_decoder(view: View, device: torch.device, store: object = None) -> None:
+    """Refuse a view that is decoded by a GPU where the work is not done on one.
+
+    Args:
+        store: whose view it is, where it is one's.
+
+    Raises:
+        UsageError: it is.
+        MismatchError: it is, and a store's.
+    """
+    if view.decode != "cuda" or device.type == "cuda":
+        return
+    if store is not None:
+        raise MismatchError(
+            f"store {store}: its teacher saw what a GPU decoded (data.decode cuda), which cannot be replayed on "
+            f"{device}; use --device cuda on a machine with one, or write a store with another data.decode"
+        )
+    raise UsageError(
+        f"data.decode=cuda: decodes on a GPU, the work is done on {device}; give --device cuda, or data.decode=torch"
+    )
+
+
 @dataclass(frozen=True)
 class Transform:
     """What makes a model's inputs of images: what is drawn, image by image, then the arithmetic of the whole batch."""
 
-    pixels: Callable[[Image.Image], Tensor]
-    """RGB image -> uint8 `[3, size, size]`."""
+    pixels: Callable[[Any], Image.Image | Tensor]
+    """RGB image, or an encoded one -> RGB image of `size` px, or uint8 `[3, size, size]`."""
+    size: int
     mean: Colour
     std: Colour
     erase: Callable[[Tensor], Tensor] | None = None
     """timm's RandomErasing, in place."""
     frame: int | None = None
     """The size in which boxes are drawn, where it is not that of the images."""
+    late: bool = False
+    """Images are decoded when their crop is drawn."""
+    on_gpu: TensorView | None = None
+    """What a GPU does in place of `pixels`."""
     mixing: Mixing | None = None
     """What is drawn for two images that are mixed; None where none are."""
     short_side: int = 0
@@ -148,16 +200,55 @@ class Transform:
 
         Each depends on (seed, view, sample id) alone, and is mixed with no other. The generators are left seeded.
         """
-        return self.inputs(self.draw(images, seed, view, sample_ids))
+        drawn = self.draw(images, seed, view, sample_ids)
+        assert isinstance(drawn, Pixels)
+        return self.inputs(drawn)
 
-    def draw(self, images: Sequence[Image.Image], seed: int, view: int, sample_ids: Sequence[int]) -> Pixels:
+    def read(self, source: Source, sample_id: int) -> Image.Image | Encoded:
+        """An image of a source as it is drawn from: decoded, or, where the crop decides how, encoded.
+
+        Raises:
+            UnreadableImage: it cannot be read, or is no image.
+        """
+        return self.fetch(source, sample_id, with_crc=False)[0]
+
+    def fetch(self, source: Source, sample_id: int, with_crc: bool) -> tuple[Image.Image | Encoded, int | None]:
+        """The same, and the CRC-32 of its content where that is asked for."""
+        if self.late:
+            content = source.content(sample_id)
+            image = source.encoded(sample_id, content) or source.decode(sample_id, content)
+            return image, zlib.crc32(content) if with_crc else None
+        if with_crc:
+            image, crc = source.read_with_crc(sample_id)
+            return self.reduced(image), crc
+        return self.reduced(source.read(sample_id)), None
+
+    def draw(
+        self, images: Sequence[Image.Image | Encoded], seed: int, view: int, sample_ids: Sequence[int]
+    ) -> Pixels | Undecoded:
         """What is drawn for some samples; the rest is arithmetic."""
-        pixels, boxes = [], []
+        drawing = self.drawing(len(images), 1)
         for image, sample_id in zip(images, sample_ids, strict=True):
-            seed_everything(derive("view", seed, view, sample_id))
-            pixels.append(self.pixels(self.reduced(image)))
-            boxes.append(self._box(pixels[-1].shape, derive("erase", seed, view, sample_id)))
-        return Pixels.of(pixels, boxes)
+            drawing.add(image if isinstance(image, Encoded) else self.reduced(image), [(seed, view)], sample_id)
+        return drawing.drawn()
+
+    def pixels_of(self, source: Source, seed: int, view: int, sample_id: int) -> Pixels:
+        """One sample's pixels.
+
+        Raises:
+            UnreadableImage: it cannot be read or is no image.
+        """
+        drawn = self.draw([self.read(source, sample_id)], seed, view, [sample_id])
+        if isinstance(drawn, Pixels):
+            return drawn
+        pixels, unreadable = drawn.made(torch.device("cuda"))
+        for error in unreadable.values():
+            raise error
+        return pixels
+
+    def drawing(self, samples: int, views: int) -> "Drawing":
+        """A batch of at most so many samples, to be drawn one after the other."""
+        return DeferredDrawing(self) if self.on_gpu else PixelDrawing(self, samples, views)
 
     def reduced(self, image: Image.Image) -> Image.Image:
         """An image as the draws begin with it, the same for every view; `draw` itself begins so."""
@@ -167,19 +258,83 @@ class Transform:
         """float32 `[batch, 3, size, size]`, normalised, erased, then mixed, on the device of the pixels."""
         return pixels.inputs(self.mean, self.std)
 
-    def _box(self, shape: torch.Size, number: int) -> Box | None:
+    def box(self, seed: int, view: int, sample_id: int) -> Box | None:
+        """What is erased of a sample's view."""
         if self.erase is None:
             return None
-        seed_everything(number)
+        seed_everything(derive("erase", seed, view, sample_id))
         # timm draws box and noise while it fills them in: so it fills a canvas that is not a number elsewhere.
-        size = self.frame or shape[-1]
+        size = self.frame or self.size
         canvas = self.erase(torch.full((3, size, size), torch.nan))
         rows, columns = (~canvas[0].isnan()).nonzero().T
         if len(rows) == 0:
             return None
         top, left = int(rows[0]), int(columns[0])
         box = Box(top, left, canvas[:, top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].clone())
-        return box if size == shape[-1] else box.scaled(shape[-1] / size)
+        return box if size == self.size else box.scaled(self.size / size)
+
+
+class Drawing(Protocol):
+    """A batch that is drawn sample by sample, so that a process holds one decoded image at a time."""
+
+    def add(self, image: Image.Image | Encoded, drawn: Sequence[tuple[int, int]], sample_id: int) -> None:
+        """One more sample, by each of these (seed, view); where it raises, the sample is not in the batch.
+
+        Raises:
+            UnreadableImage: it is decoded here, and cannot be.
+        """
+        ...
+
+    def drawn(self) -> Pixels | Undecoded:
+        """All samples by the first view, then by the next."""
+        ...
+
+
+class PixelDrawing:
+    """Pixels, each view written into its place in the batch."""
+
+    def __init__(self, transform: Transform, samples: int, views: int) -> None:
+        size = transform.size
+        self.transform, self.samples, self.boxes = transform, 0, [list[Box | None]() for _ in range(views)]
+        self.images = torch.empty(views, samples, 3, size, size, dtype=torch.uint8)
+
+    def add(self, image: Image.Image | Encoded, drawn: Sequence[tuple[int, int]], sample_id: int) -> None:
+        for place, (seed, view) in enumerate(drawn):
+            seed_everything(derive("view", seed, view, sample_id))
+            pixels, into = self.transform.pixels(image), self.images[place, self.samples]
+            if isinstance(pixels, Tensor):
+                into.copy_(pixels)
+            else:
+                into.numpy()[:] = np.asarray(pixels).transpose(2, 0, 1)
+        for boxes, (seed, view) in zip(self.boxes, drawn, strict=True):
+            boxes.append(self.transform.box(seed, view, sample_id))
+        self.samples += 1
+
+    def drawn(self) -> Pixels:
+        return Pixels.of(self.images[:, : self.samples].flatten(0, 1), list(itertools.chain(*self.boxes)))
+
+
+class DeferredDrawing:
+    """What a GPU makes pixels of."""
+
+    def __init__(self, transform: Transform) -> None:
+        assert transform.on_gpu is not None
+        self.transform, self.view = transform, transform.on_gpu
+        self.given: list[Given] = []
+        self.samples: list[list[tuple[Look, Box | None]]] = []
+
+    def add(self, image: Image.Image | Encoded, drawn: Sequence[tuple[int, int]], sample_id: int) -> None:
+        given, looks = Given.of(image), []
+        for seed, view in drawn:
+            seed_everything(derive("view", seed, view, sample_id))
+            looks.append(self.view.draw(header_of(image)))
+        boxes = [self.transform.box(seed, view, sample_id) for seed, view in drawn]
+        self.given.append(given)
+        self.samples.append(list(zip(looks, boxes, strict=True)))
+
+    def drawn(self) -> Undecoded:
+        by_view = [drawn for view in zip(*self.samples, strict=True) for drawn in view]
+        return Undecoded.of(self.view, self.given, by_view)
 
 
 def eval_transform(view: View) -> Transform:
@@ -192,7 +347,7 @@ def eval_transform(view: View) -> Transform:
         crop_pct=view.crop_pct,
         normalize=False,
     )
-    return Transform(pixels, view.mean, view.std)
+    return Transform(_images(pixels.transforms), view.image_size, view.mean, view.std)
 
 
 def train_transform(view: View, student: View | None = None) -> Transform:
@@ -212,13 +367,28 @@ def train_transform(view: View, student: View | None = None) -> Transform:
     mixing = Mixing(view, own.image_size) if view.mixes else None
     if view.augment == "none":
         return replace(_centre(view, own), mean=own.mean, std=own.std, mixing=mixing, short_side=view.short_side)
-    asked = replace(view, image_size=own.image_size, interpolation=own.interpolation)
-    crop, secondary, final = _pipeline(asked, own.image_size / view.image_size)
-    if view.augment != "rrc":
-        crop[0] = _crop(view, own)
     erase = RandomErasing(view.reprob, mode="pixel", device="cpu") if view.reprob else None
-    pixels = transforms.Compose([*crop, *secondary, *final])
-    return Transform(pixels, own.mean, own.std, erase, view.image_size, mixing, view.short_side)
+    made = partial(
+        Transform,
+        size=own.image_size,
+        mean=own.mean,
+        std=own.std,
+        erase=erase,
+        frame=view.image_size,
+        mixing=mixing,
+        short_side=view.short_side,
+    )
+    if view.decode in TENSORS:
+        tensors = _tensor_view(view, own)
+        return made(tensors, late=True, on_gpu=tensors if view.decode == "cuda" else None)
+    asked = replace(view, image_size=own.image_size, interpolation=own.interpolation)
+    crop, secondary = _pipeline(asked, own.image_size / view.image_size)
+    return made(_images([_crop(view, own), *crop[1:], *secondary]), late=view.decode == "reduced")
+
+
+def _images(steps: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Image.Image]:
+    """Some transforms of images, one after the other; what would make a tensor is left out."""
+    return transforms.Compose([step for step in steps if not isinstance(step, MaybePILToTensor)])
 
 
 def _centre(view: View, own: View) -> Transform:
@@ -227,17 +397,15 @@ def _centre(view: View, own: View) -> Transform:
         return eval_transform(replace(view, interpolation=own.interpolation))
     place = CentreCrop(view.image_size, view.crop_pct, view.interpolation)
     look = Elsewhere(place, own.image_size, evaluated(own.interpolation))
-    return Transform(transforms.Compose([look, MaybePILToTensor()]), own.mean, own.std)
+    return Transform(look, own.image_size, own.mean, own.std)
 
 
-def _pipeline(view: View, ratio: float = 1.0) -> tuple[list[Any], list[Any], list[Any]]:
-    """timm's transforms in three groups: crop and flips; policy and colours; to a tensor."""
+def _pipeline(view: View, ratio: float = 1.0) -> tuple[list[Any], list[Any]]:
+    """timm's transforms of images in two groups: crop and flips; policy and colours."""
     trivial = view.auto_augment == TRIVIAL
     groups = create_transform(
         view.image_size,
         is_training=True,
-        scale=view.scale,
-        ratio=view.ratio,
         hflip=view.hflip,
         vflip=view.vflip,
         color_jitter=None if trivial else view.color_jitter or None,  # type: ignore[arg-type]
@@ -250,19 +418,66 @@ def _pipeline(view: View, ratio: float = 1.0) -> tuple[list[Any], list[Any], lis
         normalize=False,
         separate=True,
     )
-    crop, secondary, final = (list(group.transforms) for group in groups)
+    crop, secondary = (list(group.transforms) for group in groups[:2])
     if trivial:
         secondary.insert(0, Trivial(evaluated(view.interpolation), ratio))
     if ratio != 1:
         secondary = [in_proportion(transform, ratio) for transform in secondary]
-    return crop, secondary, final
+    return crop, secondary
 
 
-def _crop(view: View, own: View) -> Any:
+def _crop(view: View, own: View) -> Crop:
+    resize = RESIZES[view.resize]
+    if view.augment == "rrc":
+        # A part of the image itself, whose box does not depend on the size.
+        return RandomResizedCrop(own.image_size, view.scale, view.ratio, own.interpolation, resize)
     kind = PadCrop if view.augment == "pad-crop" else SimpleCrop
     if own.image_size == view.image_size:
-        return kind(view.image_size, view.padding, own.interpolation)
+        return kind(view.image_size, view.padding, own.interpolation, resize)
     return Elsewhere(kind(view.image_size, view.padding, view.interpolation), own.image_size, own.interpolation)
+
+
+def _tensor_view(view: View, own: View) -> TensorView:
+    crop = RandomResizedCrop(own.image_size, view.scale, view.ratio, own.interpolation)
+    # torchvision turns tensors by no other filter.
+    policy = Trivial("bilinear", own.image_size / view.image_size) if view.auto_augment else None
+    return TensorView(crop, view.hflip, view.vflip, policy)
+
+
+def check_view(view: View) -> None:
+    """
+    Raises:
+        UsageError: `resize` or `decode` does not go with the rest of the view.
+    """
+    if (view.resize, view.decode) == ("pillow", "full"):
+        return
+    asked = "data.resize=torch" if view.decode == "full" else f"data.decode={view.decode}"
+    if view.short_side and view.decode != "full":
+        raise UsageError(f"{asked}: decodes for each crop, and data.short_side resizes before; leave one of them out")
+    if view.mixes and view.decode == "cuda":
+        raise UsageError(
+            f"{asked}: does not mix images; give data.decode=torch, or leave out data.mixup and data.cutmix"
+        )
+    if view.augment == "none":
+        raise UsageError(f"{asked}: is of training views, and data.augment is none, an evaluation's; leave it out")
+    if view.resize == "torch" or view.decode in TENSORS:
+        filters = [*(kind.name.lower() for kind in TORCHS), RANDOM]
+        if view.interpolation not in filters:
+            raise UsageError(
+                f"{asked}: torch has no filter {view.interpolation!r}; give data.interpolation {', '.join(filters)}"
+            )
+    if view.decode in TENSORS:
+        others = {name: getattr(view, name) for name in PILLOWS if getattr(view, name) != PILLOWS[name]}
+        if view.augment != "rrc":
+            others["augment"] = view.augment
+        if view.auto_augment not in ("", TRIVIAL):
+            others["auto_augment"] = view.auto_augment
+        if others:
+            found = ", ".join(f"{name} {value}" for name, value in others.items())
+            raise UsageError(
+                f"{asked}: has augment rrc, flips, auto_augment trivial and reprob, not {found}; "
+                "leave that out, or give data.decode=full"
+            )
 
 
 def _check_policy(view: View) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from distill_cli.cache import FileCache, user_cache
-from distill_cli.data.images import Readable, check_size, decode, unreadable
+from distill_cli.data.images import Encoded, Readable, check_size, unreadable
 from distill_cli.data.keys import Keys, first_double
 from distill_cli.data.labels import from_text
 from distill_cli.data.listing_cache import Count, keep, load, shown
@@ -111,8 +110,8 @@ class TarSource(Readable):
             raise unreadable(self._name(sample_id), "the tar is shorter than it was")
         return content
 
-    def decode(self, sample_id: int, content: bytes) -> Image.Image:
-        return decode(content, self._name(sample_id))
+    def encoded(self, sample_id: int, content: bytes) -> Encoded:
+        return Encoded(content, self._name(sample_id))
 
     def _name(self, sample_id: int) -> str:
         return f"{self.tars.names[int(self.tar[sample_id])]}: {self.keys[sample_id]}"

@@ -13,12 +13,12 @@ from PIL import Image
 
 from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.images import LARGE_BYTES, UnreadableImage, decode, printable, read_file
+from distill_cli.data.images import LARGE_BYTES, Encoded, UnreadableImage, printable, read_file
 from distill_cli.data.sources import Source
 
 
 def _read(path: Path) -> Image.Image:
-    return decode(read_file(path), path)
+    return Encoded(read_file(path), path).decoded()
 
 
 def _refused(path: Path) -> str:

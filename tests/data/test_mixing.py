@@ -129,7 +129,9 @@ def test_timm_s_mixup_of_a_pair_has_the_same_bits() -> None:
                 mixes = [mixing(SEED, VIEW, *ids) for ids in ((sample_id, partner), (partner, sample_id))]
                 np.random.seed(derive("mix", SEED, VIEW, sample_id) & 0xFFFFFFFF)
                 expected, target = theirs(pictures.clone(), torch.tensor([1, 4]))
-            found = Mixture.of([sample_id, partner], mixes).mixed(pictures)
+            pair = [sample_id, partner]
+            there = {i: mix for i, mix in zip(pair, mixes, strict=True) if mix}
+            found = Mixture.of(pair, pair, [there]).mixed(pictures)
             assert torch.equal(found, expected)
             lam = torch.tensor([mix.lam if mix else 1.0 for mix in mixes])[:, None]
             assert torch.equal(mixup_target(torch.tensor([1, 4]), 5, lam, 0.1), target)
@@ -141,8 +143,8 @@ def test_timm_s_mixup_of_a_pair_has_the_same_bits() -> None:
 
 def test_the_equations_in_float64() -> None:
     pictures = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    mixes = [Mix(7, 0.25), Mix(9, 0.5, (2, 6, 0, 8)), None]
-    found = Mixture.of([4, 5, 6, 7, 9], mixes).mixed(torch.cat([pictures, pictures[:2] + 1]).float())
+    mixes = {4: Mix(7, 0.25), 5: Mix(9, 0.5, (2, 6, 0, 8))}
+    found = Mixture.of([4, 5, 6, 7, 9], [4, 5, 6], [mixes]).mixed(torch.cat([pictures, pictures[:2] + 1]).float())
     expected = pictures.clone()
     expected[0] = 0.25 * pictures[0] + 0.75 * (pictures[0] + 1)
     expected[1, :, 2:6, 0:8] = pictures[1, :, 2:6, 0:8] + 1

@@ -32,6 +32,8 @@ RECIPES = {
     "deit": {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "augment": "rrc", "mixup": 0.8, "cutmix": 1.0},
     "deit iii": {"auto_augment": "3a", "color_jitter": 0.3, "augment": "src", "mixup": 0.8, "cutmix": 1.0},
     "augmix": {"auto_augment": "augmix-m3-w3", "interpolation": "random", "augment": "rrc"},
+    "by torch": {"auto_augment": "rand-m9-mstd0.5-inc1", "augment": "rrc", "resize": "torch"},
+    "tensors": {"auto_augment": "trivial", "reprob": 0.5, "augment": "rrc", "decode": "torch"},
     "trivial": {"auto_augment": "trivial", "reprob": 0.1, "augment": "pad-crop"},
     "cutmix": {"augment": "none", "cutmix": 1.0, "mixup_prob": 0.7},
     "a smaller student of mixup": {"augment": "rrc", "mixup": 0.4, "reprob": 0.5},

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from test_views import AUGMENTATIONS, MODEL
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms.functional import pil_to_tensor
 
 from distill_cli.data.crops import CentreCrop, Elsewhere, PadCrop, SimpleCrop
 from distill_cli.data.idx import ArraySource
@@ -62,10 +63,16 @@ def _edges(pixels: torch.Tensor) -> list[float]:
     return found
 
 
+def _tensor(pixels: Any) -> torch.Tensor:
+    return pixels if isinstance(pixels, torch.Tensor) else pil_to_tensor(pixels)
+
+
 @pytest.mark.parametrize(
     "asked",
     [
         {"augment": "rrc", "scale": (0.3, 1.0)},
+        {"augment": "rrc", "scale": (0.3, 1.0), "resize": "torch"},
+        {"augment": "rrc", "scale": (0.3, 1.0), "vflip": 0.5, "decode": "torch"},
         {"augment": "rrc", "scale": (0.3, 1.0), "interpolation": "random", "vflip": 0.5},
         {"augment": "none", "crop_pct": 0.9},
         {"augment": "src", "padding": 0},
@@ -141,7 +148,7 @@ def test_all_draws_are_the_same_numbers(name: str, size: int, photographs: list[
         seen, states = [], []
         for transform in (theirs, ours):
             seed_everything(number)
-            seen.append(transform.pixels(picture))
+            seen.append(_tensor(transform.pixels(picture)))
             states.append((random.getstate(), np.random.get_state()[1:3], torch.get_rng_state().tolist()))
         assert str(states[0]) == str(states[1])
         halves = [torch.nn.functional.interpolate(one[None].float(), 14, mode="area") for one in seen]
@@ -203,7 +210,7 @@ def test_blurs_are_in_proportion() -> None:
         seen = []
         for transform, size in ((train_transform(taught), TEACHER), (train_transform(taught, own), STUDENT)):
             seed_everything(2)
-            row = transform.pixels(stripes)[0, size // 2].double()
+            row = _tensor(transform.pixels(stripes))[0, size // 2].double()
             seen.append(float((row.diff().abs() / 255 * (torch.arange(size - 1) - (size - 2) / 2).abs()).sum()) / size)
         assert seen[1] == pytest.approx(seen[0], rel=0.35)
 

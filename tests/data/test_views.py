@@ -52,6 +52,11 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "random interpolation": {"augment": "rrc", "interpolation": "random"},
     "random interpolation, pad-crop": {"augment": "pad-crop", "interpolation": "random"},
     "src": {"augment": "src"},
+    "rrc by torch": {"augment": "rrc", "interpolation": "random", "resize": "torch"},
+    "src by torch": {"augment": "src", "resize": "torch"},
+    "pad-crop by torch": {"augment": "pad-crop", "interpolation": "bilinear", "resize": "torch"},
+    "tensors": {"augment": "rrc", "decode": "torch", "reprob": 0.5, "vflip": 0.3},
+    "tensors, trivial": {"augment": "rrc", "decode": "torch", "interpolation": "random", "auto_augment": "trivial"},
     "src, random interpolation": {"augment": "src", "interpolation": "random", "padding": 0},
     "randaugment": {"auto_augment": "rand-m9-mstd0.5-inc1"},
     "randaugment, random interpolation": {"auto_augment": "rand-m9-n3-mstd101-p1", "interpolation": "random"},
@@ -376,7 +381,8 @@ def test_a_checksum_is_of_what_is_drawn_and_not_of_the_arithmetic() -> None:
     image = torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2)
     box = Box(0, 1, torch.zeros(3, 1, 1))
     turned = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    pixels = Pixels.of([image, turned, image + 1, image, image], [None, None, None, box, replace(box, top=1)])
+    images = torch.stack([image, turned, image + 1, image, image])
+    pixels = Pixels.of(images, [None, None, None, box, replace(box, top=1)])
     plain, same, other, erased, elsewhere = map(pixels.checksum, range(5))
     assert plain == same == zlib.crc32(bytes(range(12)))
     assert len({plain, other, erased, elsewhere}) == 4
