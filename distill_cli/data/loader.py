@@ -7,6 +7,7 @@ and nothing about it needs saving.
 import functools
 import itertools
 import signal
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from distill_cli.data.pixels import Pixels
 from distill_cli.data.sources import Source, UnreadableImage
 from distill_cli.data.tensors import Undecoded
-from distill_cli.data.views import Transform
+from distill_cli.data.views import Transform, empty_bytes
 from distill_cli.errors import DistillError
 from distill_cli.randomness import derive, preserved
 from distill_cli.sparse import SparseLogits, stacked
@@ -199,6 +200,33 @@ def _permutation(seed: int, count: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(count)
 
 
+AHEAD = 2
+"""Batches that a loader process is ahead of use: torch's `prefetch_factor`."""
+
+
+class SharedBytes:
+    """What a loader process draws into: shared with the main process, a few pieces in turn.
+
+    A process is given a batch's number when the main process takes the one that is `AHEAD` before it, and has then
+    finished those before. So a piece is free after `AHEAD` + 1 batches, and used again: new shared memory costs as much
+    as a resize, a page at a time, in either process.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: deque[Tensor] = deque(maxlen=AHEAD + 1)
+
+    def empty(self, count: int) -> Tensor:
+        """So many bytes."""
+        if get_worker_info() is None:
+            return empty_bytes(count)
+        full = len(self._pieces) == self._pieces.maxlen
+        piece = self._pieces.popleft() if full else empty_bytes(0)
+        if len(piece) < count:
+            piece = empty_bytes(count).share_memory_()
+        self._pieces.append(piece)
+        return piece[:count]
+
+
 @dataclass
 class Batches(Dataset["Loaded | DistillError"]):
     """Batch number -> batch. An error is handed over as a value: a worker's traceback would hide its one line."""
@@ -218,6 +246,7 @@ class Batches(Dataset["Loaded | DistillError"]):
     """Images of each batch that are checksummed."""
     _ahead: dict[int, SparseLogits] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Rows of this process's next batches, by number."""
+    _shared: "SharedBytes" = field(default_factory=lambda: SharedBytes(), init=False, repr=False, compare=False)
 
     def __getitem__(self, number: int) -> Loaded | DistillError:
         try:
@@ -266,7 +295,7 @@ class Batches(Dataset["Loaded | DistillError"]):
         self, wanted: NDArray[np.int64], views: Sequence[int]
     ) -> tuple[Pixels | Undecoded | None, list[int], list[str]]:
         """What is drawn of the images that can be decoded, their ids, and what is said of the others."""
-        drawing = self.transform.drawing(len(wanted), len(views))
+        drawing = self.transform.drawing(len(wanted), len(views), self._shared.empty)
         drawn, ids, skipped = [self._drawn(view) for view in views], [], []
         with preserved():
             for sample_id in wanted.tolist():
@@ -327,6 +356,7 @@ class Loader:
 
     def __init__(self, batches: Batches, numbers: Iterable[int], workers: int, device: torch.device) -> None:
         self._transform, self._device = batches.transform, device
+        self._last: deque[Tensor] = deque(maxlen=workers * (AHEAD + 1))
         self._loader: DataLoader[Loaded | DistillError] | None = DataLoader(
             batches,
             batch_size=None,
@@ -335,6 +365,7 @@ class Loader:
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_main,
             persistent_workers=workers > 0,
+            prefetch_factor=AHEAD if workers else None,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -343,7 +374,7 @@ class Loader:
             DistillError: what a batch met, or a worker that died.
         """
         assert self._loader is not None, "it is closed"
-        loaded = _checked(iter(self._loader))
+        loaded = self._kept(_checked(iter(self._loader)))
         try:
             if self._device.type == "cuda":
                 yield from _ahead_of_use(loaded, self._transform, self._device)
@@ -351,6 +382,17 @@ class Loader:
                 yield from (drawn.to(self._device).finished(self._transform) for drawn in loaded)
         finally:
             # An error holds this frame, and the frame the workers: let go of them here, not when garbage is collected.
+            loaded.close()
+            del loaded
+
+    def _kept(self, loaded: Generator[Loaded]) -> Generator[Loaded]:
+        """Stay in the shared memory of the last batches, to which the processes come back."""
+        try:
+            for drawn in loaded:
+                if isinstance(drawn.pixels, Pixels) and self._device.type == "cpu":
+                    self._last.append(drawn.pixels.images)
+                yield drawn
+        finally:
             loaded.close()
             del loaded
 

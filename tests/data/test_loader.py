@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batch, Batches, ListingOrder, Order, TrainingOrder, load
+from distill_cli.data.loader import Batch, Batches, ListingOrder, Loader, Order, TrainingOrder, load
 from distill_cli.data.sources import Source, UnreadableImage, without_labels
 from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
 from distill_cli.errors import DistillError
@@ -240,6 +240,31 @@ def test_workers_are_gone_as_soon_as_the_work_has_ended(damaged: Source, transfo
     try:
         with pytest.raises(UnreadableImage):
             _loaded(Batches(damaged, transform, ListingOrder(np.arange(18), 6)), range(3), workers=2)
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()
+
+
+# Again and again.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_loads_again_by_the_same_processes_until_it_is_closed(batches: Batches, workers: int) -> None:
+    before, expected = set(multiprocessing.active_children()), _loaded(batches, range(6))
+    gc.disable()
+    try:
+        loader = Loader(batches, range(6), workers, CPU)
+        for _ in range(2):
+            broken_off = iter(loader)
+            assert _same(next(broken_off), expected[0])
+            broken_off.close()  # type: ignore[attr-defined]
+            processes = set(multiprocessing.active_children()) - before
+            assert len(processes) == workers
+            found = list(loader)
+            assert len(found) == 6
+            assert all(_same(one, other) for one, other in zip(found, expected, strict=True))
+            assert set(multiprocessing.active_children()) - before == processes
+        loader.close()
         assert set(multiprocessing.active_children()) <= before
     finally:
         gc.enable()
