@@ -191,14 +191,11 @@ def say(found: dict[str, list[Speed]], rivals: list[str]) -> None:
     for name, speeds in found.items():
         ratios = []
         for rival in rivals:
-            each = sorted(
-                one.images_per_s / other.images_per_s for one, other in zip(speeds, found[rival], strict=True)
-            )
+            pairs = zip(speeds, found[rival], strict=True)
+            each = sorted(one.images_per_s / other.images_per_s for one, other in pairs)
             ratios.append(f"{statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})")
-        images_per_s, cpu_ms = (
-            statistics.median(values)
-            for values in zip(*((one.images_per_s, one.cpu_ms) for one in speeds), strict=True)
-        )
+        images_per_s = statistics.median(one.images_per_s for one in speeds)
+        cpu_ms = statistics.median(one.cpu_ms for one in speeds)
         print(f"| {name} | {images_per_s:.0f} | {cpu_ms:.2f} | {' | '.join(ratios)} |", flush=True)
 
 
