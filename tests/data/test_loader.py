@@ -14,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distill_cli.data import loader as loader_module
 from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batch, Batches, ListingOrder, Loader, Order, TrainingOrder, load
+from distill_cli.data.loader import AHEAD, Batch, Batches, ListingOrder, Loader, Order, SharedBytes, TrainingOrder, load
 from distill_cli.data.sources import Source, UnreadableImage, without_labels
 from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
 from distill_cli.errors import DistillError
@@ -268,6 +269,18 @@ def test_a_loader_loads_again_by_the_same_processes_until_it_is_closed(batches: 
         assert set(multiprocessing.active_children()) <= before
     finally:
         gc.enable()
+
+
+def test_shared_memory_is_used_again_when_the_main_process_is_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "get_worker_info", lambda: "a worker")
+    shared = SharedBytes()
+    pieces = [shared.empty(count) for count in (12, 12, 12, 12, 5, 30)]
+    places = [piece.data_ptr() for piece in pieces]
+    assert [len(piece) for piece in pieces] == [12, 12, 12, 12, 5, 30]
+    assert all(piece.is_shared() for piece in pieces)
+    assert len(set(places[:3])) == AHEAD + 1 == 3
+    assert places[3:5] == places[:2]
+    assert places[5] not in places[:5]
 
 
 # Several views a read.
