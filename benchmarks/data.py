@@ -222,9 +222,8 @@ def main() -> None:
             "torchvision": lambda w=workers: torchvisions(root, w, modes.BICUBIC),
             "torchvision, its default (bilinear) crop": lambda w=workers: torchvisions(root, w, modes.BILINEAR),
         }
-        print(
-            f"\n{workers} workers\n\n| loader | images/s | CPU ms an image | over timm | over torchvision | over its default |"
-        )
+        print(f"\n{workers} workers\n")
+        print("| loader | images/s | CPU ms an image | over timm | over torchvision | over its default |")
         print("|---|---|---|---|---|---|")
         say(measured(cases, asked.rounds, asked.batches, 2 * workers), list(cases)[2:])
         several = {
