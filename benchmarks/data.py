@@ -12,9 +12,12 @@ first ones, which pay for the start, are not timed. The last table is of an epoc
 import argparse
 import io
 import itertools
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,36 +148,55 @@ def _for_ever(loader: Iterable[Any]) -> Iterator[Any]:
         yield from loader
 
 
-def images_per_s(batches: Iterator[Any], count: int, skip: int) -> float:
+def cpu_s() -> float:
+    """Of this process and of the loader's, so far."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(") ")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+@dataclass(frozen=True)
+class Speed:
+    images_per_s: float
+    cpu_ms: float
+    """An image, of all processes together: what other people on the machine hardly change."""
+
+
+def speed(batches: Iterator[Any], count: int, skip: int) -> Speed:
     for _ in range(skip):
         next(batches)
-    start = time.perf_counter()
+    cpu, start = cpu_s(), time.perf_counter()
     for _ in range(count):
         next(batches)
-    elapsed = time.perf_counter() - start
+    elapsed, cpu = time.perf_counter() - start, cpu_s() - cpu
     batches.close()  # type: ignore[attr-defined]
-    return BATCH * count / elapsed
+    return Speed(BATCH * count / elapsed, 1000 * cpu / (BATCH * count))
 
 
 def measured(
     cases: dict[str, Callable[[], Iterator[Any]]], rounds: int, count: int, skip: int
-) -> dict[str, list[float]]:
-    """Images/s of each in each round, in turn."""
-    found: dict[str, list[float]] = {name: [] for name in cases}
+) -> dict[str, list[Speed]]:
+    """Each in each round, in turn."""
+    found: dict[str, list[Speed]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, begin in cases.items():
-            found[name].append(images_per_s(begin(), count, skip))
+            found[name].append(speed(begin(), count, skip))
     return found
 
 
-def say(found: dict[str, list[float]], rivals: list[str]) -> None:
-    """Medians, and the medians of the ratios within a round."""
+def say(found: dict[str, list[Speed]], rivals: list[str]) -> None:
+    """Medians, and the medians of the ratios within a round, with their range."""
     for name, speeds in found.items():
         ratios = []
         for rival in rivals:
-            each = sorted(one / other for one, other in zip(speeds, found[rival], strict=True))
+            pairs = zip(speeds, found[rival], strict=True)
+            each = sorted(one.images_per_s / other.images_per_s for one, other in pairs)
             ratios.append(f"{statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})")
-        print(f"| {name} | {statistics.median(speeds):.0f} | {' | '.join(ratios)} |", flush=True)
+        images_per_s = statistics.median(one.images_per_s for one in speeds)
+        cpu_ms = statistics.median(one.cpu_ms for one in speeds)
+        print(f"| {name} | {images_per_s:.0f} | {cpu_ms:.2f} | {' | '.join(ratios)} |", flush=True)
 
 
 def main() -> None:
@@ -200,15 +222,16 @@ def main() -> None:
             "torchvision": lambda w=workers: torchvisions(root, w, modes.BICUBIC),
             "torchvision, its default (bilinear) crop": lambda w=workers: torchvisions(root, w, modes.BILINEAR),
         }
-        print(f"{workers} workers\n\n| loader | images/s | over timm | over torchvision | over its default |")
-        print("|---|---|---|---|---|")
+        print(f"\n{workers} workers\n")
+        print("| loader | images/s | CPU ms an image | over timm | over torchvision | over its default |")
+        print("|---|---|---|---|---|---|")
         say(measured(cases, asked.rounds, asked.batches, 2 * workers), list(cases)[2:])
         several = {
             f"{reads} views a read{said}": lambda w=workers, r=reads, d=data: ours(source, rows, w, r, **d)
             for said, data in (("", {}), (", data.resize=torch", {"resize": "torch"}))
             for reads in (1, 4)
         }
-        print("\n| inputs | inputs/s | over 1 view a read |\n|---|---|---|")
+        print("\n| inputs | inputs/s | CPU ms an input | over 1 view a read |\n|---|---|---|---|")
         say(measured(several, asked.rounds, asked.batches, 2 * workers), list(several)[:1])
 
 

@@ -11,7 +11,7 @@ HEAD = """<!-- Made by `python docs/make_cli.py` from distill_cli/cli/; edit the
 
 > Made by `python docs/make_cli.py`. Every command is one function of the package and prints what it returns:
 > `distill_cli.teacher_logits.teacher_logits`, `distill_cli.train.train`, `distill_cli.evaluate.evaluate`,
-> `distill_cli.quickstart.quickstart`, `distill_cli.doctor.examine`. `-h` is `--help`.
+> `distill_cli.quickstart.quickstart`, `distill_cli.doctor.examine`, `distill_cli.bench.bench_data`. `-h` is `--help`.
 > Exit codes: [errors.md](errors.md). What `--set` reaches: [recipes.md](recipes.md).
 
 """

@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from distill_cli.data.mixing import Mix, Partners, together
 from distill_cli.data.pixels import Mixture, Pixels
 from distill_cli.data.sources import Source, UnreadableImage
 from distill_cli.data.tensors import Undecoded
-from distill_cli.data.views import Transform
+from distill_cli.data.views import Transform, empty_bytes
 from distill_cli.errors import DistillError
 from distill_cli.randomness import derive, preserved
 from distill_cli.sparse import SparseLogits, stacked
@@ -302,6 +303,33 @@ def windowed(drawn: np.random.Generator, tars: Sequence[int], window: int) -> ND
     return np.argsort(times, kind="stable")
 
 
+AHEAD = 2
+"""Batches that a loader process is ahead of use: torch's `prefetch_factor`."""
+
+
+class SharedBytes:
+    """What a loader process draws into: shared with the main process, a few pieces in turn.
+
+    A process is given a batch's number when the main process takes the one that is `AHEAD` before it, and has then
+    finished those before. So a piece is free after `AHEAD` + 1 batches, and used again: new shared memory costs as much
+    as a resize, a page at a time, in either process.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: deque[Tensor] = deque(maxlen=AHEAD + 1)
+
+    def empty(self, count: int) -> Tensor:
+        """So many bytes."""
+        if get_worker_info() is None:
+            return empty_bytes(count)
+        full = len(self._pieces) == self._pieces.maxlen
+        piece = self._pieces.popleft() if full else empty_bytes(0)
+        if len(piece) < count:
+            piece = empty_bytes(count).share_memory_()
+        self._pieces.append(piece)
+        return piece[:count]
+
+
 @dataclass
 class Batches(Dataset["Loaded | DistillError"]):
     """Batch number -> batch. An error is handed over as a value: a worker's traceback would hide its one line."""
@@ -325,6 +353,7 @@ class Batches(Dataset["Loaded | DistillError"]):
     """What images are decoded from is checksummed, in batches of view 0."""
     _ahead: dict[int, SparseLogits] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Rows of this process's next batches, by number."""
+    _shared: "SharedBytes" = field(default_factory=lambda: SharedBytes(), init=False, repr=False, compare=False)
 
     def __getitem__(self, number: int) -> Loaded | DistillError:
         try:
@@ -399,7 +428,8 @@ class Batches(Dataset["Loaded | DistillError"]):
     def _read(self, wanted: Iterable[int], views: Sequence[int], with_crc: bool) -> "_Read":
         """Read, and draw, each of some samples once."""
         each = list(dict.fromkeys(wanted))
-        drawing, drawn = self.transform.drawing(len(each), len(views)), [self._drawn(view) for view in views]
+        drawing = self.transform.drawing(len(each), len(views), self._shared.empty)
+        drawn = [self._drawn(view) for view in views]
         ids, unreadable, content_crc = list[int](), dict[int, str](), dict[int, int]()
         for sample_id in each:
             try:
@@ -498,6 +528,7 @@ class Loader:
 
     def __init__(self, batches: Batches, numbers: Iterable[int], workers: int, device: torch.device) -> None:
         self._transform, self._device = batches.transform, device
+        self._last: deque[Tensor] = deque(maxlen=workers * (AHEAD + 1))
         self._loader: DataLoader[Loaded | DistillError] | None = _processes(
             batches, numbers, workers, pin_memory=device.type == "cuda", persistent=True
         )
@@ -508,7 +539,7 @@ class Loader:
             DistillError: what a batch met, or a worker that died.
         """
         assert self._loader is not None, "it is closed"
-        loaded = _checked(iter(self._loader))
+        loaded = self._kept(_checked(iter(self._loader)))
         try:
             if self._device.type == "cuda":
                 yield from _ahead_of_use(loaded, self._transform, self._device)
@@ -516,6 +547,17 @@ class Loader:
                 yield from (drawn.to(self._device).finished(self._transform) for drawn in loaded)
         finally:
             # An error holds this frame, and the frame the workers: let go of them here, not when garbage is collected.
+            loaded.close()
+            del loaded
+
+    def _kept(self, loaded: Generator[Loaded]) -> Generator[Loaded]:
+        """Stay in the shared memory of the last batches, to which the processes come back."""
+        try:
+            for drawn in loaded:
+                if isinstance(drawn.pixels, Pixels) and self._device.type == "cpu":
+                    self._last.append(drawn.pixels.images)
+                yield drawn
+        finally:
             loaded.close()
             del loaded
 
@@ -553,6 +595,7 @@ def _processes(
         collate_fn=_as_it_is,
         worker_init_fn=_begin_worker,
         persistent_workers=persistent and workers > 0,
+        prefetch_factor=AHEAD if workers else None,
     )
 
 

@@ -6,6 +6,7 @@ vendored transforms, which misses those that draw elsewhere; FKD stores crop box
 """
 
 import itertools
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -173,6 +174,10 @@ def check_decoder(view: View, device: torch.device, store: object = None) -> Non
     )
 
 
+def empty_bytes(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8)
+
+
 @dataclass(frozen=True)
 class Transform:
     """What makes a model's inputs of images: what is drawn, image by image, then the arithmetic of the whole batch."""
@@ -246,9 +251,13 @@ class Transform:
             raise error
         return pixels
 
-    def drawing(self, samples: int, views: int) -> "Drawing":
-        """A batch of at most so many samples, to be drawn one after the other."""
-        return DeferredDrawing(self) if self.on_gpu else PixelDrawing(self, samples, views)
+    def drawing(self, samples: int, views: int, empty: Callable[[int], Tensor] = empty_bytes) -> "Drawing":
+        """A batch of at most so many samples, to be drawn one after the other.
+
+        Args:
+            empty: gives so many bytes to draw into.
+        """
+        return DeferredDrawing(self) if self.on_gpu else PixelDrawing(self, samples, views, empty)
 
     def reduced(self, image: Image.Image) -> Image.Image:
         """An image as the draws begin with it, the same for every view; `draw` itself begins so."""
@@ -293,10 +302,10 @@ class Drawing(Protocol):
 class PixelDrawing:
     """Pixels, each view written into its place in the batch."""
 
-    def __init__(self, transform: Transform, samples: int, views: int) -> None:
-        size = transform.size
+    def __init__(self, transform: Transform, samples: int, views: int, empty: Callable[[int], Tensor]) -> None:
+        shape = (views, samples, 3, transform.size, transform.size)
         self.transform, self.samples, self.boxes = transform, 0, [list[Box | None]() for _ in range(views)]
-        self.images = torch.empty(views, samples, 3, size, size, dtype=torch.uint8)
+        self.images = empty(math.prod(shape)).view(shape)
 
     def add(self, image: Image.Image | Encoded, drawn: Sequence[tuple[int, int]], sample_id: int) -> None:
         for place, (seed, view) in enumerate(drawn):

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from distill_cli.data.loader import Batch
 from distill_cli.locks import locked
 from distill_cli.objectives import Losses
 from distill_cli.objectives.supervised import Supervised
+from distill_cli.store.reader import Store
+from distill_cli.store.writer import StoreWriter
 from distill_cli.students.build import create
 
 TINY = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
@@ -209,6 +213,40 @@ def test_another_view_than_the_store_has(
     asked: list[str], said: str, folder: Path, store: Made, out: Path, refused: Refused
 ) -> None:
     assert said in refused(3, "train", *DISTIL, "--store", store.path, "--data", folder, "--out", out, *asked)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", *DISTIL, "--store", "STORE", "--data", "DATA", "--out", "OUT"),
+        ("eval", "RUN", "--store", "STORE", "--data", "DATA"),
+        ("store", "check", "STORE", "--teacher", "RUN", "--data", "DATA"),
+        ("store", "extend", "STORE", "--views", "4", "--teacher", "RUN", "--data", "DATA"),
+        ("bench", "data", "--store", "STORE", "--data", "DATA"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_a_store_of_what_a_gpu_decoded_without_one(
+    command: tuple[str, ...],
+    store: Made,
+    run: Made,
+    folder: Path,
+    tmp_path: Path,
+    refused: Refused,
+    fill_store: Callable[..., StoreWriter],
+) -> None:
+    plan = Store(store.path).plan
+    fill_store(tmp_path / "gpu", replace(plan, transform={**plan.transform, "augment": "rrc", "decode": "cuda"}))
+    places = {"STORE": tmp_path / "gpu", "RUN": run.path, "DATA": folder, "OUT": tmp_path / "out"}
+    line = refused(3, *(places.get(one, one) for one in command), "--device", "cpu")
+    assert line.startswith(f"store {tmp_path / 'gpu'}: its teacher saw what a GPU decoded (data.decode cuda), which ")
+
+
+def test_decoding_on_a_gpu_without_one(folder: Path, run: Made, out: Path, refused: Refused) -> None:
+    given = ("--data", folder, "--out", out, "--decode", "cuda", "--set", "data.augment=rrc", "--device", "cpu")
+    for command in (("teacher-logits", "--teacher", run.path), ("train", *TRAIN)):
+        assert refused(2, *command, *given).startswith("data.decode=cuda: decodes on a GPU, the work is done on cpu;")
+    assert not out.exists()
 
 
 def test_a_store_without_its_manifest(spoilt: Path, folder: Path, out: Path, refused: Refused) -> None:

@@ -15,13 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distill_cli.data import loader as loader_module
 from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
 from distill_cli.data.loader import (
+    AHEAD,
     Batch,
     Batches,
     ListingOrder,
+    Loader,
     Order,
+    SharedBytes,
     TrainingOrder,
     _begin_worker,
     load,
@@ -353,6 +357,43 @@ def test_workers_are_gone_as_soon_as_the_work_has_ended(damaged: Source, transfo
         assert set(multiprocessing.active_children()) <= before
     finally:
         gc.enable()
+
+
+# Again and again.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_loads_again_by_the_same_processes_until_it_is_closed(batches: Batches, workers: int) -> None:
+    before, expected = set(multiprocessing.active_children()), _loaded(batches, range(6))
+    gc.disable()
+    try:
+        loader = Loader(batches, range(6), workers, CPU)
+        for _ in range(2):
+            broken_off = iter(loader)
+            assert _same(next(broken_off), expected[0])
+            broken_off.close()  # type: ignore[attr-defined]
+            processes = set(multiprocessing.active_children()) - before
+            assert len(processes) == workers
+            found = list(loader)
+            assert len(found) == 6
+            assert all(_same(one, other) for one, other in zip(found, expected, strict=True))
+            assert set(multiprocessing.active_children()) - before == processes
+        loader.close()
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()
+
+
+def test_shared_memory_is_used_again_when_the_main_process_is_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "get_worker_info", lambda: "a worker")
+    shared = SharedBytes()
+    pieces = [shared.empty(count) for count in (12, 12, 12, 12, 5, 30)]
+    places = [piece.data_ptr() for piece in pieces]
+    assert [len(piece) for piece in pieces] == [12, 12, 12, 12, 5, 30]
+    assert all(piece.is_shared() for piece in pieces)
+    assert len(set(places[:3])) == AHEAD + 1 == 3
+    assert places[3:5] == places[:2]
+    assert places[5] not in places[:5]
 
 
 # Several views a read.

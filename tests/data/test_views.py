@@ -389,6 +389,13 @@ def test_a_checksum_is_of_what_is_drawn_and_not_of_the_arithmetic() -> None:
     assert erased == zlib.crc32(bytes(range(12)) + struct.pack("<4i", 0, 1, 1, 1) + bytes(12))
 
 
+def test_the_arithmetic_is_the_same_to_the_bit_image_by_image_and_on_the_whole_batch() -> None:
+    images = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 4, 1)
+    shift, scale = (torch.tensor(colour).view(3, 1, 1) for colour in (MODEL["mean"], MODEL["std"]))
+    whole = images.float().div_(255).sub_(shift).div_(scale)
+    assert torch.equal(Pixels.of(images, [None, None]).inputs(MODEL["mean"], MODEL["std"]), whole)  # type: ignore[arg-type]
+
+
 def test_what_is_drawn_makes_the_inputs(pictures: list[Image.Image]) -> None:
     transform = train_transform(replace(_view("rrc"), reprob=0.5))
     pixels = transform.draw(pictures[:4] * 4, 0, 0, range(16))
