@@ -90,18 +90,23 @@ class Experiment:
         """What a checkpoint must agree with besides the recipe."""
         return {"data": fingerprint(self.source), "store": self.store and self.store.id}
 
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Of the classes, by the store, else by the data."""
+        classes = self.store.plan.teacher["classes"] if self.store else self.source.classes
+        return classes and tuple(classes)
+
     def card(self, top1: float | None, top5: float | None) -> Card:
         """What the weights of this experiment say of themselves."""
         plan = self.store.plan if self.store else None
         view, recipe = self.view, self.recipe
         assert recipe.objective is not None
         assert recipe.student.name is not None
-        classes = plan.teacher["classes"] if plan else self.source.classes
         return Card(
             student=timm_name(recipe.student.name),
             arguments=self.arguments,
             num_classes=self.classes,
-            classes=classes and tuple(classes),
+            classes=self.names,
             input={
                 "input_size": (3, view.image_size, view.image_size),
                 "mean": view.mean,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -44,6 +45,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: Positive | None = None
     """Steps between checkpoints; by default one an epoch."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Who is told beside metrics.jsonl and TensorBoard; each is an extra, and offline by default."""
 
 
 def default_lr(batch_size: int) -> float:

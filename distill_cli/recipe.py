@@ -41,6 +41,7 @@ NO_IDENTITY = (
     "data.input",
     "train.log_every",
     "train.save_every",
+    "train.trackers",
 )
 """What may change between two attempts at one run: machines, places, how often it speaks and saves. The store and the
 data are compared by what they are, not by where they lie."""

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,23 @@ from distill_cli.files import (
 )
 from distill_cli.history import History, Window, last_validation
 from distill_cli.locks import locked
-from distill_cli.metrics import Accuracy, autocast, every_image, measure_accuracy
+from distill_cli.metrics import VALIDATION, Accuracy, autocast, every_image, measure_accuracy
 from distill_cli.objectives import Losses
 from distill_cli.optim import build_optimizer, learning_rate
+from distill_cli.pictures import colours, grid
 from distill_cli.randomness import derive
-from distill_cli.recipe import Recipe, differences, to_toml, update
+from distill_cli.recipe import Recipe, differences, flat, to_toml, update
 from distill_cli.recipe import load as load_recipe
 from distill_cli.replay import SparseRows, prove_replay
 from distill_cli.report import Report
 from distill_cli.students.build import parameters_in_millions
 from distill_cli.students.weights import STUDENT, save_student
+from distill_cli.trackers import check_installed, open_trackers
 
 BILL_STEPS = 4
 """Steps that a dry run times."""
+PICTURES = 16
+"""Inputs of the first step that are kept as a picture."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def train(recipe: Recipe, out: Path, world: World, report: Report | None = None)
     """
     report = report or Report()
     check_ours(out, (RECIPE, RESULT, FOLDER), "run")
+    check_installed(recipe.train.trackers)
     setup = open_experiment(recipe, world, report)
     done = _finished(setup, out)
     if done is not None:
@@ -112,6 +117,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     """
     report = report or Report()
     check_ours(out, (RECIPE, RESULT, FOLDER), "run")
+    check_installed(recipe.train.trackers)
     setup = open_experiment(recipe, world, report)
     _finished(setup, out)
     optimizer = build_optimizer(setup.objective, setup.recipe.train)
@@ -150,26 +156,32 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     world.barrier()
     model = world.wrap(objective)
     batches = _training_batches(setup, done.step, setup.steps, world)
-    window = Window(out)
+    window = Window(out, world.device)
     report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
     images = order.images_per_step
     with (
-        closing(History(out, done.step, write=world.is_main)) as history,
+        _history(setup, out, done.step, world, report) as history,
         Signals() as signals,
         report.progress("train", setup.steps * images, done.step * images) as progress,
     ):
         while True:
             if setup.validates_at(done.step) and done.step not in history.validated:
                 accuracy = _validate(setup, world, signals)
+                if world.is_main:
+                    write_json(out / VALIDATION, {"step": done.step, "classes": setup.names, **asdict(accuracy)})
                 history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **_numbers(accuracy)}, "val")
                 report.stage(f"step {done.step}: top1 {accuracy.top1:.2f}, nll {accuracy.nll:.4f}")
             if done.step == setup.steps:
                 break
             began = time.monotonic()
             batch = next(batches)
+            waited = time.monotonic() - began
+            if done.step == 0:
+                seen = colours(batch.images[:PICTURES], setup.view.mean, setup.view.std)
+                history.image(0, "inputs", grid(seen))
             losses, grad_norm = _step(model, optimizer, batch, done.step, setup, world)
             done.add(len(batch) * world.size, len(batch.skipped), time.monotonic() - began)
-            window.add(done.step, losses, grad_norm, len(batch) * world.size)
+            window.add(done.step, losses, grad_norm, len(batch) * world.size, waited)
             progress.advance(images, window.note)
             if done.step % config.log_every == 0 or done.step == setup.steps:
                 epoch = round((done.step - 1) / order.steps_per_epoch, 4)
@@ -183,6 +195,14 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
             if stop:
                 raise stopped(stop, f"{out}: saved at step {done.step} of {setup.steps}; the same command goes on")
     return _finish(setup, out, done, world, report)
+
+
+def _history(setup: Experiment, out: Path, step: int, world: World, report: Report) -> History:
+    """The run's metrics from a step on, with the trackers that the recipe names."""
+    settings = {path: value for path, value in flat(setup.recipe).items() if value is not None}
+    names = setup.recipe.train.trackers
+    trackers = open_trackers(names, out, step, settings, report.warn) if world.is_main else []
+    return History(out, step, trackers, write=world.is_main)
 
 
 def _step(

@@ -5,6 +5,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill_cli.history import History, last_validation
+from distill_cli.trackers import TensorBoard
 
 
 def _write(run: Path, *lines: str) -> None:
@@ -17,10 +18,10 @@ def _read(run: Path) -> list[dict[str, object]]:
 
 def _log(run: Path, start: int, steps: range) -> None:
     """A loss at each step, that tells the attempt by its start."""
-    history = History(run, start)
+    history = History(run, start, [TensorBoard(run, start)])
     for step in steps:
         history.log(step, {"loss": 10.0 * start + step}, "train")
-    history.close()
+    history.finish("finished")
 
 
 def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     history.log(1, {"loss": 2.5, "lr": 0.1}, "train")
     history.log(1, {"top1": 50.0, "top5": None}, "val")
     lines = _read(tmp_path)
-    history.close()
+    history.finish("finished")
     assert lines == [{"step": 1, "loss": 2.5, "lr": 0.1}, {"step": 1, "top1": 50.0, "top5": None}]
 
 
@@ -67,14 +68,14 @@ def test_what_was_validated_is_known_after_a_restart(tmp_path: Path) -> None:
     history = History(tmp_path, 6)
     validated = set(history.validated)
     history.log(8, {"top1": 2.0}, "val")
-    history.close()
+    history.finish("finished")
     assert (validated, history.validated) == ({0, 5}, {0, 5, 8})
 
 
 def test_ranks_that_only_follow_write_nothing(tmp_path: Path) -> None:
     history = History(tmp_path, 0, write=False)
     history.log(1, {"top1": 1.0}, "val")
-    history.close()
+    history.finish("finished")
     assert list(tmp_path.iterdir()) == []
     assert history.validated == {1}
 

@@ -34,9 +34,7 @@ def accuracy(logits: Tensor, labels: Tensor, size: int = 1000) -> Accuracy:
 def agreement(logits: Tensor, rows: SparseLogits, size: int = 1000, sampled: bool = False) -> Agreement:
     labels = torch.zeros(len(logits), dtype=torch.long)
     with Report(quiet=True).progress("", 0) as progress:
-        return measure_agreement(
-            nn.Identity(), batches(logits, labels, size, rows), logits.shape[1], WORLD, "fp32", progress, sampled
-        )
+        return measure_agreement(nn.Identity(), batches(logits, labels, size, rows), WORLD, "fp32", progress, sampled)
 
 
 @st.composite

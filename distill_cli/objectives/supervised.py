@@ -7,7 +7,7 @@ from torch import nn
 
 from distill_cli.config import Fraction, section
 from distill_cli.data.loader import Batch
-from distill_cli.objectives.base import Losses, Objective
+from distill_cli.objectives.base import Losses, Objective, beside_teacher
 
 
 @section
@@ -33,4 +33,4 @@ class Supervised(Objective):
     def forward(self, batch: Batch) -> Losses:
         logits = self.student(batch.images)
         loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.config.label_smoothing)
-        return Losses(loss, {"label": loss.detach()})
+        return Losses(loss, {"label": loss.detach()}, beside_teacher(logits, batch))
