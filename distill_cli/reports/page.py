@@ -59,8 +59,7 @@ def page(run: Run, beside: Beside) -> str:
 
 def _head(run: Run, name: str) -> Markup:
     recipe = run.recipe
-    done = run.step if run.result is None else run.result.get("steps", run.step)
-    state = "finished" if run.finished else f"under way, at step {done}"
+    state = "finished" if run.finished else f"under way, at step {run.step:,}"
     teacher = run.card.teacher if run.card else None
     learnt = f"learnt from {teacher}" if teacher else "learnt from labels" if run.card else ""
     objective = recipe.objective.name if recipe.objective else None
@@ -72,13 +71,13 @@ def _head(run: Run, name: str) -> Markup:
 
 
 def _tiles(run: Run, beside: Beside) -> Markup:
-    last, result, rows = (run.val[-1] if run.val else {}), run.result or {}, beside.rows
+    reached, result, rows = run.reached, run.result or {}, beside.rows
     speed = result.get("images_per_s") or (run.train[-1].get("images_per_s") if run.train else None)
     tiles = {
-        "top-1": _with(last.get("top1"), ".2f", " %"),
-        "top-5": _with(last.get("top5"), ".2f", " %"),
-        "NLL": _with(last.get("nll"), ".4f", ""),
-        "calibration error": _with(last.get("ece"), ".4f", ""),
+        "top-1": _with(reached.get("top1"), ".2f", " %"),
+        "top-5": _with(reached.get("top5"), ".2f", " %"),
+        "NLL": _with(reached.get("nll"), ".4f", ""),
+        "calibration error": _with(reached.get("ece"), ".4f", ""),
         "agreement": rows and f"{100 * rows.agreed.mean():.2f} %",
         "KL to the teacher": rows and not _sampled(beside) and f"{rows.kl.mean():.4f}",
         "steps": f"{run.step:,}",
@@ -98,10 +97,11 @@ def _curves(run: Run) -> Markup:
 
     names = dict.fromkeys(name for line in run.train for name in line if name not in KNOWN)
     parts = [of(name) for name in list(names)[:PARTS]]
+    measured = dict.fromkeys(name for line in run.val for name in line)
     drawn = [
         curves("Loss", [of("loss"), *(parts if len(names) > 1 else [])]),
-        curves("Validation, %", [of("top1", run.val), of("top5", run.val)]),
-        curves("Validation NLL", [of("nll", run.val)]),
+        curves("Validation, %", [of(name, run.val) for name in measured if name.endswith(("top1", "top5"))]),
+        curves("Validation NLL", [of(name, run.val) for name in measured if name.endswith("nll")]),
         curves("Beside the teacher, % of a batch", [of(name, factor=100) for name in SEEN]),
         curves("Gradient norm", [of("grad_norm")], log=True),
         curves("Learning rate", [of("lr")]),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_cli.checkpoint import RECIPE, RESULT, checkpoints
+from distill_cli.checkpoint import RECIPE, RESULT
 from distill_cli.errors import DamagedError, UsageError
 from distill_cli.history import IMAGES, read_metrics
 from distill_cli.metrics import VALIDATION, Accuracy
@@ -45,9 +45,15 @@ class Run:
     @property
     def step(self) -> int:
         """The last one that is known of."""
-        lines = [line["step"] for line in (*self.train[-1:], *self.val[-1:])]
-        saved = [int(path.stem.partition("-")[2]) for path in checkpoints(self.path)]
-        return max([0, *lines, *saved])
+        return max([0, *(line["step"] for line in (*self.train[-1:], *self.val[-1:]))])
+
+    @property
+    def reached(self) -> dict[str, Any]:
+        """`top1`, `top5`, `nll`, `ece` of the student: of the result, or of the newest validation; of an average of
+        the weights, where the run has one."""
+        last = self.val[-1] if self.val else {}
+        newest = {name: last.get(f"ema_{name}", last.get(name)) for name in ("top1", "top5", "nll", "ece")}
+        return newest | (self.result or {})
 
     @property
     def classes(self) -> tuple[str, ...] | None:

@@ -78,3 +78,17 @@ def test_a_long_run_of_many_classes_and_long_names_stays_small(key: str) -> None
     examples = tuple(Example(row, key, *[data_uri(noise, SIDE)] * 2) for row in range(EXAMPLES))
     text = page(run, Beside(None, split="train", rows=compared(2000, 1000), examples=examples))
     assert len(text.encode()) < 3e6
+
+
+def test_a_run_under_way_has_reached_what_its_average_has() -> None:
+    lines = [{"step": 3, "top1": 40.0, "ema_top1": 45.0, "top5": 80.0, "nll": 1.5, "ece": 0.1}]
+    text = page(replace(RUN, val=lines), NOTHING)
+    assert "<dt>top-1</dt><dd>45.00 %</dd>" in text
+    assert "<dt>top-5</dt><dd>80.00 %</dd>" in text
+    assert "ema_top1" in text
+
+
+def test_a_finished_run_has_reached_what_its_result_says() -> None:
+    text = page(replace(RUN, result={"top1": 61.25, "wall_s": 7260.0}), NOTHING)
+    assert "<dd>61.25 %</dd>" in text
+    assert "<dd>2 h 01 min</dd>" in text
