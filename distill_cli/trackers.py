@@ -32,6 +32,13 @@ PATIENCE_S = 30.0
 """How long the end of a run waits for a tracker that is behind."""
 
 
+UNLESS_SAID = {
+    "wandb": {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"},
+    "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true"},
+}
+"""Environment that the user's own wins over; read by the libraries when they are imported."""
+
+
 class Tracker(Protocol):
     def log(self, step: int, values: Values, prefix: str) -> None:
         """Add values at a step, named `prefix/name`; those that are None are left out."""
@@ -73,10 +80,6 @@ class WandB:
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any]) -> None:
-        os.environ.setdefault("WANDB_MODE", "offline")
-        os.environ.setdefault("WANDB_SILENT", "true")
-        if os.environ["WANDB_MODE"] == "offline":
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         wandb = _import("wandb")
         kept = _kept_id(run / "wandb") or secrets.token_hex(4)
         self._image = wandb.Image
@@ -109,7 +112,6 @@ class MLflow:
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any]) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         mlflow = _import("mlflow")
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -214,6 +216,8 @@ def open_trackers(
 
 
 def _import(name: str) -> ModuleType:
+    for variable, value in UNLESS_SAID[name].items():
+        os.environ.setdefault(variable, value)
     try:
         module = importlib.import_module(name)
     except ImportError as error:

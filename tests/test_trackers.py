@@ -52,11 +52,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return data.shape
 
     module(monkeypatch, "wandb", init=init, Image=image, Settings=SimpleNamespace)
-    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_NAME"):
+    for name in ("WANDB_MODE", "WANDB_SILENT", "WANDB_ERROR_REPORTING", "WANDB_PROJECT", "WANDB_NAME"):
         monkeypatch.setenv(name, "")  # So that what the tracker sets goes again.
         monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     return calls
 
 
@@ -97,10 +95,9 @@ def mlflow(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     entities = SimpleNamespace(Metric=metric, Param=lambda key, value: (key, value))
     module(monkeypatch, "mlflow", MlflowClient=MlflowClient, entities=entities)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_DISABLE_TELEMETRY"):
         monkeypatch.setenv(name, "")  # So that what the tracker sets goes again.
         monkeypatch.delenv(name)
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     return calls
 
 
@@ -150,6 +147,7 @@ def test_a_run_that_goes_on_is_the_same_one_in_wandb(tmp_path: Path, wandb: Call
 
 def test_mlflow_is_in_the_run(tmp_path: Path, mlflow: Calls) -> None:
     log_a_little(MLflow(tmp_path, SETTINGS))
+    assert trackers.os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert mlflow == [
         ("client", f"sqlite:///{tmp_path}/mlflow/mlflow.db"),
         ("experiment", "distill"),

@@ -161,7 +161,7 @@ def _frame(across: Axis, up: Axis, under: str = "step", name: Callable[[float], 
         marks.append(element("line", class_="grid", x1=across.start, x2=across.end, y1=up(value), y2=up(value)))
         marks.append(element("text", name(value), class_="end", x=across.start - 5, y=up(value) + 4))
     for value in across.ticks:
-        if across(value) < across.end - 34:
+        if across(value) < across.end - 7 * len(under) - 10:
             marks.append(element("text", name(value), class_="middle", x=across(value), y=up.start + 16))
     marks.append(element("text", under, class_="end", x=across.end, y=up.start + 16))
     return joined(*marks)

@@ -120,13 +120,10 @@ def _calibration(run: Run, beside: Beside) -> Markup:
         bins = run.validation.accuracy.calibration
         drawn.append(reliability("Validation", [(f"student, ECE {_ece(bins)}", bins)]))
     if rows is not None and (rows.labels >= 0).all():
-        both = [
-            (name, calibration(prob[:, 0], classes[:, 0] == rows.labels))
-            for name, prob, classes in (
-                ("student", rows.student_prob, rows.student),
-                ("teacher", rows.teacher_prob, rows.teacher),
-            )
-        ]
+        models = [("student", rows.student, rows.student_prob)]
+        if not _sampled(beside):
+            models.append(("teacher", rows.teacher, rows.teacher_prob))
+        both = [(name, calibration(prob[:, 0], best[:, 0] == rows.labels)) for name, best, prob in models]
         told = [(f"{name}, ECE {_ece(bins)}", bins) for name, bins in both]
         drawn.append(reliability(f"{split(beside).capitalize()} images, view 0", told))
     if not drawn:
