@@ -70,6 +70,24 @@ def test_the_losses_are_finite_scalars_and_the_parts_detached(case: str, kind: s
 
 @every_objective
 @every_kind
+def test_where_there_are_rows_it_says_how_the_student_stands_to_them(case: str, kind: str) -> None:
+    objective, batch = make(case), make_batch(kind=kind)
+    assert batch.teacher is not None
+    seen = objective(batch).seen
+    student = objective.student.eval()(batch.images)
+    assert seen["agreement"] == (student.argmax(1) == batch.teacher.class_id[:, 0]).float().mean()
+    entries = torch.arange(batch.teacher.class_id.shape[1]) < batch.teacher.counts[:, None]
+    kept = (batch.teacher.log_prob.exp() * entries).sum(1)
+    torch.testing.assert_close(seen["mass"], kept.mean())
+    assert not any(value.requires_grad for value in seen.values())
+
+
+def test_without_rows_there_is_nothing_to_stand_to() -> None:
+    assert make("supervised")(replace(make_batch(), teacher=None)).seen == {}
+
+
+@every_objective
+@every_kind
 def test_a_gradient_reaches_everything_that_is_trained_and_nothing_else(case: str, kind: str) -> None:
     objective = make(case)
     objective(make_batch(kind=kind)).total.backward()
