@@ -95,6 +95,18 @@ def test_the_last_validation_is_the_newest_complete_one(tmp_path: Path) -> None:
     assert last_validation(tmp_path) == {"step": 2, "top1": 2.0}
 
 
+@pytest.mark.parametrize("name", ["top1", "ema_top1"])
+def test_the_best_validation_is_known_after_a_restart(tmp_path: Path, name: str) -> None:
+    """Of the average, where there is one; the first of equals."""
+    with History(tmp_path, 0) as history:
+        for step, value in ((2, 40.0), (4, 60.0), (6, 60.0)):
+            history.log(step, {"top1": 50.0, name: value}, "val")
+    resumed = History(tmp_path, 6)
+    better = [resumed.is_best({"top1": 99.0, name: value}) for value in (60.0, 60.1)]
+    resumed.finish("finished")
+    assert (history.best, resumed.best, better) == (4, 4, [False, True])
+
+
 class Listener:
     """A tracker that keeps what it is told."""
 

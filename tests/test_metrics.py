@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from objectives.dense import some
 from torch import Tensor, nn
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.loader import Batch, MixedLabels
 from distill_cli.distributed import World
 from distill_cli.errors import DistillError
 from distill_cli.metrics import (
@@ -159,6 +160,14 @@ def test_the_bins_of_confidence_give_the_calibration_error(outcome: tuple[Tensor
     assert expected_error(found.calibration) == pytest.approx(found.ece, abs=1e-5)
     confidence, first = logits.float().softmax(1).double().max(1)
     assert calibration(confidence.numpy(), (first == labels).numpy()) == found.calibration
+
+
+def test_of_a_mixed_image_the_label_of_the_larger_share_is_compared() -> None:
+    logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    (batch,) = batches(logits, labels, 3, top_k(logits, 2))
+    batch = replace(batch, mixed=MixedLabels(torch.tensor([4, 3, 2]), torch.tensor([0.4, 0.6, 1.0])))
+    with Report(quiet=True).progress("", 0) as progress:
+        assert compare(nn.Identity(), [batch], WORLD, progress).labels.tolist() == [4, 1, 2]
 
 
 def test_no_image_has_no_calibration_error() -> None:

@@ -206,7 +206,10 @@ def _lineage(run: Run, beside: Beside) -> Markup:
     found: dict[str, dict[str, Any]] = {}
     if run.card:
         card = run.card
-        names = ("student", "num_classes", "objective", "teacher", "store", "data_fingerprint", "recipe_sha256")
+        names = (
+            *("student", "num_classes", "objective", "teacher", "store", "init_from", "ema_decay"),
+            *("data_fingerprint", "recipe_sha256"),
+        )
         found["student.safetensors"] = {name: getattr(card, name) for name in names} | {
             f"input {name}": value for name, value in card.input.items()
         }
