@@ -1,6 +1,6 @@
 """Gradient accumulation: a batch in parts, and the gradient of the whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
@@ -31,11 +31,20 @@ def backward(model: nn.Module, batch: Batch, parts: int, world: World, precision
                 losses: Losses = model(piece)
             total = share * losses.total
             total.backward()
-        found.append(Losses(total.detach(), {name: share * part for name, part in losses.parts.items()}))
+        found.append(Losses(total.detach(), _scaled(losses.parts, share), _scaled(losses.seen, share)))
     return Losses(
         torch.stack([losses.total for losses in found]).sum(),
-        {name: torch.stack([losses.parts[name] for losses in found]).sum() for name in found[0].parts},
+        _summed([losses.parts for losses in found]),
+        _summed([losses.seen for losses in found]),
     )
+
+
+def _scaled(values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    return {name: share * value for name, value in values.items()}
+
+
+def _summed(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([values[name] for values in parts]).sum() for name in parts[0]}
 
 
 def cut(batch: Batch, parts: int) -> Iterator[Batch]:

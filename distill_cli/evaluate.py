@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distill_cli.checkpoint import RECIPE
 from distill_cli.data import image_cache, open_train, open_val
 from distill_cli.data.loader import Batch, Batches, ListingOrder, Loader, load
@@ -60,6 +63,8 @@ class Summary:
     """Millions."""
     skipped: int = 0
     per_class: dict[str, float | None] | None = None
+    calibration: tuple[tuple[int, float, float], ...] | None = None
+    """By bin of confidence: images, accuracy, mean confidence, both 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Bill:
 
 
 @dataclass(frozen=True)
-class _Evaluation:
+class Evaluation:
     """Model and data, opened and checked."""
 
     recipe: Recipe
@@ -91,6 +96,8 @@ class _Evaluation:
     store: Store | None
     stored: Source | None
     """The images of the store."""
+    stored_split: str
+    """`train` or `val`, where there is a store."""
 
 
 def evaluate(recipe: Recipe, run: str | None, world: World, report: Report | None = None) -> Summary:
@@ -106,7 +113,7 @@ def evaluate(recipe: Recipe, run: str | None, world: World, report: Report | Non
     """
     report = report or Report()
     start = time.monotonic()
-    opened = _with_caches(_open(recipe, run, world, report), world, report)
+    opened = _with_caches(open_evaluation(recipe, run, world, report), world, report)
     ready = time.monotonic()
     accuracy = agreement = None
     if opened.source.labels is not None:
@@ -122,12 +129,11 @@ def evaluate(recipe: Recipe, run: str | None, world: World, report: Report | Non
             )
     if opened.store is not None:
         report.stage(f"comparing with the rows of {opened.store}")
-        stored = _stored_batches(opened, opened.store, world)
+        stored = stored_batches(opened, opened.store, opened.store.sample_ids, world)
         with report.progress("agreement", len(opened.store.sample_ids)) as progress:
             agreement = measure_agreement(
                 opened.frozen.model,
                 stored,
-                opened.frozen.num_classes,
                 world,
                 opened.recipe.eval.precision,
                 progress,
@@ -150,7 +156,7 @@ def evaluate(recipe: Recipe, run: str | None, world: World, report: Report | Non
 def bill(recipe: Recipe, run: str | None, world: World, report: Report | None = None) -> Bill:
     """What the evaluation would take, from a few batches of the real thing; writes nothing."""
     report = report or Report()
-    opened = _open(recipe, run, world, report)
+    opened = open_evaluation(recipe, run, world, report)
     model, silent = opened.frozen.model, Report(quiet=True)
     report.stage("timing a few batches")
     start = time.monotonic()
@@ -185,7 +191,12 @@ def check_gate(summary: Summary, fail_below: float | None) -> None:
         raise GateError(f"{summary.model}: top1 {summary.top1} is below --fail-below {fail_below}")
 
 
-def _open(recipe: Recipe, run: str | None, world: World, report: Report) -> _Evaluation:
+def open_evaluation(recipe: Recipe, run: str | None, world: World, report: Report) -> Evaluation:
+    """Open model, data and store, and check them against each other.
+
+    Raises:
+        as `evaluate`.
+    """
     frozen = _load(recipe, run, report)
     origins: dict[str, str] = {}
     if run is not None and recipe.data.path is None and recipe.data.val is None:
@@ -203,7 +214,7 @@ def _open(recipe: Recipe, run: str | None, world: World, report: Report) -> _Eva
     check_classes(source, f"model {frozen.name}", frozen.num_classes, frozen.classes)
     evaluated = replace(recipe.data, augment="none", resize=None, decode=None)
     view = resolve_view(evaluated, frozen.input(recipe.data.image_size))
-    stored = None if store is None else _stored_images(recipe, frozen, store)
+    stored, stored_split = (None, "") if store is None else _stored_images(recipe, frozen, store)
     if store is not None:
         check_decoder(read_view(store.plan.transform, f"store {store}"), world.device, store)
     frozen.model.to(world.device)
@@ -212,7 +223,7 @@ def _open(recipe: Recipe, run: str | None, world: World, report: Report) -> _Eva
         f"data.{name}": getattr(view, name) for name in ("image_size", "mean", "std", "interpolation", "crop_pct")
     }
     origins |= dict.fromkeys(settled, "model")
-    return _Evaluation(update(recipe, settled), origins, frozen, view, source, split, store, stored)
+    return Evaluation(update(recipe, settled), origins, frozen, view, source, split, store, stored, stored_split)
 
 
 def _load(recipe: Recipe, run: str | None, report: Report) -> Frozen:
@@ -237,8 +248,8 @@ def _load(recipe: Recipe, run: str | None, report: Report) -> Frozen:
     )
 
 
-def _stored_images(recipe: Recipe, frozen: Frozen, store: Store) -> Source:
-    """The images that a store was written from: the training split, or the validation split of the same data.
+def _stored_images(recipe: Recipe, frozen: Frozen, store: Store) -> tuple[Source, str]:
+    """The images that a store was written from, and their split: training, or validation of the same data.
 
     Raises:
         MismatchError: it is neither, or the model has other classes than the store.
@@ -249,24 +260,24 @@ def _stored_images(recipe: Recipe, frozen: Frozen, store: Store) -> Source:
             "give a store of the same classes"
         )
     refusal: MismatchError | None = None
-    for source in (open_train(recipe.data), open_val(recipe.data)):
+    for split, source in (("train", open_train(recipe.data)), ("val", open_val(recipe.data))):
         try:
             if source is not None:
                 check_data(store, source)
-                return source
+                return source, split
         except MismatchError as error:
             refusal = refusal or error
     raise refusal or MismatchError(f"store {store}: is not of the data {recipe.data.path}")
 
 
-def _parts(opened: _Evaluation) -> tuple[tuple[Source | None, str, int], tuple[Source | None, str, int]]:
+def _parts(opened: Evaluation) -> tuple[tuple[Source | None, str, int], tuple[Source | None, str, int]]:
     """What is read: source, part of the cache, short side."""
     short_side = 0 if opened.store is None else _taught(opened.store).short_side
     evaluated = None if opened.source.labels is None else opened.source
     return (evaluated, "val", 0), (opened.stored, "train", short_side)
 
 
-def _with_caches(opened: _Evaluation, world: World, report: Report) -> _Evaluation:
+def _with_caches(opened: Evaluation, world: World, report: Report) -> Evaluation:
     """The same with its images read from `data.cache`, where there is one."""
     source, stored = (
         None if part is None else image_cache.cached(part, opened.recipe.data, name, short_side, world, report)
@@ -279,24 +290,24 @@ def _taught(store: Store) -> View:
     return read_view(store.plan.transform, f"store {store}")
 
 
-def _batches(opened: _Evaluation, world: World) -> Loader:
+def _batches(opened: Evaluation, world: World) -> Loader:
     config = opened.recipe
     return every_image(opened.source, opened.view, config.eval.batch_size, config.data.skip_unreadable, world)
 
 
-def _stored_batches(opened: _Evaluation, store: Store, world: World) -> Iterator[Batch]:
-    """The store's rows of view 0 with what the teacher saw, at the size and in the colours of the model."""
+def stored_batches(opened: Evaluation, store: Store, sample_ids: NDArray[np.int64], world: World) -> Iterator[Batch]:
+    """Rows of view 0 with what the teacher saw, at the size and in the colours of the model."""
     assert opened.stored is not None
     taught = _taught(store)
     prove_replay(store, opened.stored, train_transform(taught))
     own = student_view(DataConfig(), taught, {name: getattr(opened.view, name) for name in SEEN})
     transform = train_transform(taught, own)
     partners = stored_partners(store, taught)
-    order = ListingOrder(store.sample_ids, opened.recipe.eval.batch_size, world.rank, world.size, partners)
+    order = ListingOrder(sample_ids, opened.recipe.eval.batch_size, world.rank, world.size, partners)
     batches = Batches(opened.stored, transform, order, drawn=store.drawn, rows=SparseRows(store), partners=partners)
     return load(batches, range(order.batches), world.workers, world.device)
 
 
-def _fields(accuracy: Accuracy, opened: _Evaluation) -> dict[str, Any]:
+def _fields(accuracy: Accuracy, opened: Evaluation) -> dict[str, Any]:
     names = opened.frozen.classes or opened.source.classes or map(str, range(opened.frozen.num_classes))
     return {**asdict(accuracy), "per_class": dict(zip(names, accuracy.per_class, strict=True))}

@@ -1,46 +1,64 @@
-"""A run's metrics over time: one JSON object a line in metrics.jsonl, and the same as TensorBoard scalars."""
+"""A run's metrics over time: one JSON object a line in metrics.jsonl, and the same for its other trackers."""
 
+import io
 import json
+import resource
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from distill_cli.errors import DamagedError, Stopped
 from distill_cli.files import write_atomic
 from distill_cli.objectives import Losses
+from distill_cli.trackers import End, Tracker, Values
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tb"
+METRICS, IMAGES = "metrics.jsonl", "images"
 
 
 class History:
-    """Appends to a run's metrics; what an earlier attempt wrote beyond `step` is taken back, as it will come again."""
+    """Appends to a run's metrics, and tells its other trackers; how its block ends is how the run ends.
 
-    def __init__(self, run: Path, step: int, write: bool = True) -> None:
+    What an earlier attempt wrote beyond `step` is taken back, as it will come again.
+    """
+
+    def __init__(self, run: Path, step: int, trackers: Sequence[Tracker] = (), write: bool = True) -> None:
         """
         Args:
             write: False on the ranks that only follow.
+
+        Raises:
+            DamagedError: a line of metrics.jsonl is not what this program writes.
         """
-        path = run / METRICS
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
-        found = [values for values in map(json.loads, kept) if "top1" in values]
-        self.validated = {values["step"] for values in found}
+        kept = [line for line in read_metrics(run) if line["step"] <= step]
+        found = [line for line in kept if "top1" in line]
+        self.validated = {line["step"] for line in found}
         self.best: int | None = None
         """The step of the best validation; of the average of the weights, where there is one."""
         self._best_top1 = -1.0
-        for values in found:
-            self._rank(values["step"], values)
-        self._write = write
+        for line in found:
+            self._rank(line["step"], line)
+        self._run, self._trackers, self._write = run, trackers, write
         if write:
-            from torch.utils.tensorboard import SummaryWriter
+            write_atomic(run / METRICS, "".join(f"{json.dumps(line)}\n" for line in kept))
+            self._file = (run / METRICS).open("a")
 
-            write_atomic(path, "".join(f"{line}\n" for line in kept))
-            self._file = path.open("a")
-            self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=step + 1)
+    def __enter__(self) -> "History":
+        return self
 
-    def log(self, step: int, values: Mapping[str, float | int | None], prefix: str) -> None:
-        """Add a line of values at a step; TensorBoard has them as `prefix/name`."""
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.finish("finished" if kind is None else "stopped" if issubclass(kind, Stopped) else "failed")
+
+    def log(self, step: int, values: Values, prefix: str) -> None:
+        """Add a line of values at a step; the trackers have them as `prefix/name`."""
         if prefix == "val":
             self.validated.add(step)
             self._rank(step, values)
@@ -48,39 +66,57 @@ class History:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.log(step, values, prefix)
 
-    def is_best(self, values: Mapping[str, float | int | None]) -> bool:
+    def is_best(self, values: Values) -> bool:
         """Whether a validation is better than all before."""
         return (values.get("ema_top1", values.get("top1")) or 0.0) > self._best_top1
 
-    def _rank(self, step: int, values: Mapping[str, float | int | None]) -> None:
+    def _rank(self, step: int, values: Values) -> None:
         if self.is_best(values):
             self.best, self._best_top1 = step, values.get("ema_top1", values.get("top1")) or 0.0
 
-    def close(self) -> None:
+    def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
+        """Write `images/NAME-STEP.png` of uint8 `[height, width, 3]`."""
+        if not self._write:
+            return
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, "png")
+        (self._run / IMAGES).mkdir(exist_ok=True)
+        write_atomic(self._run / IMAGES / f"{name}-{step:08d}.png", png.getvalue())
+        for tracker in self._trackers:
+            tracker.image(step, name, image)
+
+    def finish(self, end: End) -> None:
         if self._write:
             self._file.close()
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.finish(end)
 
 
 class Window:
     """Losses since the last line of metrics; they stay on the device until somebody looks."""
 
-    def __init__(self) -> None:
-        self.note = ""
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.note = device, ""
         self._start()
 
     def _start(self) -> None:
-        self._first, self._images, self._began = 0, 0, time.monotonic()
+        self._first, self._images, self._waited, self._began = 0, 0, 0.0, time.monotonic()
         self._values: dict[str, list[Tensor]] = {}
 
-    def add(self, step: int, losses: Losses, grad_norm: Tensor, images: int) -> None:
+    def add(self, step: int, losses: Losses, grad_norm: Tensor, images: int, waited: float) -> None:
+        """Count one step.
+
+        Args:
+            waited: seconds until the loader had its batch.
+        """
         self._first = self._first or step
         self._images += images
-        values = {"loss": losses.total.detach(), **losses.parts, "grad_norm": grad_norm}
+        self._waited += waited
+        self._parts = tuple(losses.parts)
+        values = {"loss": losses.total.detach(), **losses.parts, **losses.seen, "grad_norm": grad_norm}
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
 
@@ -96,24 +132,52 @@ class Window:
         return self._first + index, {name: float(values[index]) for name, values in self._values.items()}
 
     def flush(self) -> dict[str, float]:
-        """The means of the window, which then starts again."""
+        """The means of the window, which then starts again; images/s and `data_wait` are of its wall time."""
         means = {name: float(torch.stack(values).float().mean()) for name, values in self._values.items()}
-        self.note = f"loss {means['loss']:.4f}"
-        rate = self._images / max(time.monotonic() - self._began, 1e-9)
+        wall = max(time.monotonic() - self._began, 1e-9)
+        rate, waited = round(self._images / wall, 1), round(self._waited / wall, 4)
+        self.note = self._said(means, waited)
         self._start()
-        return {**means, "images_per_s": round(rate, 1)}
+        return {**means, "images_per_s": rate, "data_wait": waited, "memory_mb": memory_mb(self.device)}
+
+    def _said(self, means: Mapping[str, float], waited: float) -> str:
+        shown = ("loss", *(self._parts if len(self._parts) > 1 else ()))
+        losses = ", ".join(f"{name} {means[name]:.4g}" for name in shown)
+        return f"{losses}, data wait {100 * waited:.0f} %"
 
 
-def last_validation(run: Path) -> dict[str, float | int | None] | None:
+def memory_mb(device: torch.device) -> float:
+    """The most that this process has held so far, in MiB: of the GPU where the model is on one, else of the machine."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def last_validation(run: Path) -> dict[str, Any] | None:
     """The newest validation line of a run."""
-    lines = [json.loads(line) for line in _complete_lines(run / METRICS)]
-    found = [line for line in lines if "top1" in line]
+    found = [line for line in read_metrics(run) if "top1" in line]
     return found[-1] if found else None
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines that were written to their end."""
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that were written to their end; none where there is no file.
+
+    Raises:
+        DamagedError: a line is not what this program writes.
+    """
+    path = run / METRICS
     if not path.exists():
         return []
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()
+    text = path.read_bytes().decode(errors="replace")
+    return [_line(path, number, line) for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1)]
+
+
+def _line(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, dict) and isinstance(values.get("step"), int):
+        return values
+    raise DamagedError(f"{path}: line {number} is no line of metrics; take it out")

@@ -107,6 +107,8 @@ class TrainConfig:
     """Steps between checkpoints, or a time such as `15min`; one at the end of an epoch in any case."""
     keep: Positive = 2
     """Checkpoints that stay: so many of the newest, and the best."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Who is told beside metrics.jsonl and TensorBoard; each is an extra, and offline by default."""
 
 
 def settle(config: TrainConfig) -> dict[str, Any]:

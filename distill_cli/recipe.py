@@ -43,6 +43,7 @@ NO_IDENTITY = (
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.trackers",
 )
 """What may change between two attempts at one run: machines, places, how often it speaks and saves. The store, the
 data and the weights it began from are compared by what they are, not by where they lie."""

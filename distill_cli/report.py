@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 LINE_EVERY_S, LOG_EVERY_S = 10.0, 60.0
 LOGS = 10
 """Files of a log that stay, an attempt each."""
+WIDE = 110
+"""Columns of a terminal from which on a bar's note stands on the same line."""
 
 
 class Progress(Protocol):
@@ -156,7 +158,8 @@ class _Bar:
 
 
 def _bars(stream: TextIO) -> "Bars":
-    from rich.console import Console
+    """A bar with its note behind it, or below it where a line has no room for both."""
+    from rich.console import Console, RenderableType
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -166,21 +169,35 @@ def _bars(stream: TextIO) -> "Bars":
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
     from rich.text import Text
+
+    console = Console(file=stream)
+    wide = console.width >= WIDE
+    whole = Column(no_wrap=True)
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             return Text(f"{task.fields['unit']} {task.speed or 0:,.0f}/s")
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-        console=Console(file=stream),
-    )
+    class Note(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["note"], style="dim", no_wrap=True, overflow="ellipsis")
+
+    class Lines(Progress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            if not wide:
+                yield from (Note().render(task) for task in self.tasks if task.fields["note"])
+
+    columns = [
+        TextColumn("{task.description}", table_column=whole),
+        BarColumn(bar_width=16 if wide else 12),
+        MofNCompleteColumn(table_column=whole),
+        Rate(table_column=whole),
+        TimeRemainingColumn(table_column=whole),
+    ]
+    return Lines(*columns, *([Note()] if wide else []), console=console)
 
 
 def _clock(seconds: float) -> str:

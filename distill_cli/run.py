@@ -1,6 +1,7 @@
 """A run's directory: whose it is, whether it is finished, and what was said in each attempt.
 
-RUN/recipe.toml  metrics.jsonl  tb/  log/  checkpoints/  student.safetensors  result.json   <- last: finished
+RUN/recipe.toml  metrics.jsonl  validation.json  images/  tb/  log/  checkpoints/  student.safetensors
+    result.json   <- last: finished
 """
 
 import json

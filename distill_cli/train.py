@@ -18,14 +18,15 @@ from distill_cli.data.loader import Batch, Loader
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.divergence import Guard, check_finite
-from distill_cli.experiment import Experiment, open_experiment
+from distill_cli.experiment import Experiment, class_names, open_experiment
 from distill_cli.files import check_ours, free_bytes, remove_temporaries, write_json
 from distill_cli.history import History, Window, last_validation
 from distill_cli.locks import locked
-from distill_cli.metrics import every_image, measure_accuracy
+from distill_cli.metrics import VALIDATION, Accuracy, every_image, measure_accuracy
 from distill_cli.objectives import Losses
+from distill_cli.pictures import colours, grid
 from distill_cli.randomness import derive
-from distill_cli.recipe import Recipe
+from distill_cli.recipe import Recipe, flat
 from distill_cli.replay import prove_replay
 from distill_cli.report import Report
 from distill_cli.run import LOG, begin, check_identity, finished
@@ -33,10 +34,13 @@ from distill_cli.saver import Due, Saver, newest
 from distill_cli.schedules import set_learning_rate
 from distill_cli.students.build import freeze_batch_norm, parameters_in_millions
 from distill_cli.students.weights import BEST, PLAIN, STUDENT, save_student
+from distill_cli.trackers import check_installed, open_trackers
 from distill_cli.training_batches import training_batches
 
 BILL_STEPS = 4
 """Steps that a dry run times."""
+PICTURES = 16
+"""Inputs of the first step that are kept as a picture."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def train(recipe: Recipe, out: Path, world: World, report: Report | None = None)
     """
     report = report or Report()
     check_ours(out, (RECIPE, RESULT, FOLDER), "run")
+    check_installed(recipe.train.trackers)
     setup = open_experiment(recipe, world, report)
     result = finished(out, setup)
     if result is not None:
@@ -112,6 +117,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     """
     report = report or Report()
     check_ours(out, (RECIPE, RESULT, FOLDER), "run")
+    check_installed(recipe.train.trackers)
     setup = open_experiment(recipe, world, report)
     finished(out, setup)
     report.stage("timing a few steps")
@@ -152,11 +158,11 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     world.barrier()
     model = world.wrap(objective)
     batches = training_batches(setup, done.step, setup.steps, world)
-    window, guard, due = Window(), Guard(setup.optimizer), Due(config.save_every)
+    window, guard, due = Window(world.device), Guard(setup.optimizer), Due(config.save_every)
     report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
     images = order.images_per_step
     with (
-        closing(History(out, done.step, write=world.is_main)) as history,
+        _history(setup, out, done.step, world, report) as history,
         Saver(out, config.keep, report.warn) as saver,
         closing(_validation(setup, world)) as validation,
         Signals() as signals,
@@ -165,9 +171,12 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
         while True:
             saver.best = history.best
             if setup.validates_at(done.step) and done.step not in history.validated:
-                numbers = _validate(setup, validation, world, signals, saver)
+                numbers, accuracy = _validate(setup, validation, world, signals, saver)
                 if world.is_main and history.is_best(numbers):
                     _deliver(out / BEST, setup, numbers)
+                if world.is_main:
+                    names = class_names(setup.source, setup.store)
+                    write_json(out / VALIDATION, {"step": done.step, "classes": names, **asdict(accuracy)})
                 history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **numbers}, "val")
                 shown = (f"{name} {value:.4g}" for name, value in numbers.items() if name.endswith(("top1", "nll")))
                 report.stage(f"step {done.step}: {', '.join(shown)}")
@@ -175,9 +184,13 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
                 break
             began = time.monotonic()
             batch = next(batches)
+            waited = time.monotonic() - began
+            if done.step == 0:
+                seen = colours(batch.images[:PICTURES], setup.view.mean, setup.view.std)
+                history.image(0, "inputs", grid(seen))
             losses, grad_norm = _step(model, batch, done.step, setup, world, guard)
             done.add(len(batch) * world.size, len(batch.skipped), time.monotonic() - began)
-            window.add(done.step, losses, grad_norm, len(batch) * world.size)
+            window.add(done.step, losses, grad_norm, len(batch) * world.size, waited)
             progress.advance(images, window.note)
             stop = world.agree(signals.received)
             saves = stop or setup.ends_at(done.step) or due.at(done.step)
@@ -205,6 +218,14 @@ def _with_caches(setup: Experiment, world: World, report: Report) -> Experiment:
     if val is not None:
         val = image_cache.cached(val, config, "val", 0, world, report)
     return replace(setup, source=source, val=val)
+
+
+def _history(setup: Experiment, out: Path, step: int, world: World, report: Report) -> History:
+    """The run's metrics from a step on, with the trackers that the recipe names."""
+    settings = {path: value for path, value in flat(setup.recipe).items() if value is not None}
+    names = setup.recipe.train.trackers
+    trackers = open_trackers(names, out, step, settings, report.warn) if world.is_main else []
+    return History(out, step, trackers, write=world.is_main)
 
 
 def _step(
@@ -274,8 +295,14 @@ def _validation(setup: Experiment, world: World) -> Loader:
     return every_image(source, setup.view, config.eval.batch_size, config.data.skip_unreadable, world)
 
 
-def _validate(setup: Experiment, validation: Loader, world: World, signals: Signals, saver: Saver) -> dict[str, float]:
-    """Accuracy on all validation images, in fp32 as `distill eval` has it; that of the average as `ema_…`."""
+def _validate(
+    setup: Experiment, validation: Loader, world: World, signals: Signals, saver: Saver
+) -> tuple[dict[str, float], Accuracy]:
+    """Accuracy on all validation images, in fp32 as `distill eval` has it; that of the average as `ema_…`.
+
+    Returns:
+        The numbers of both, and all that is known of the student that `student.safetensors` would be.
+    """
     assert setup.val is not None
     # Of which every rank has at least so many.
     common = len(setup.val) // world.size // setup.recipe.eval.batch_size
@@ -288,7 +315,7 @@ def _validate(setup: Experiment, validation: Loader, world: World, signals: Sign
         with Report(quiet=True).progress("", 0) as progress:
             accuracy = measure_accuracy(student, batches, setup.classes, world, "fp32", progress)
         numbers |= {prefix + name: getattr(accuracy, name) for name in ("top1", "top5", "nll", "ece", "images")}
-    return numbers
+    return numbers, accuracy
 
 
 def _until(signals: Signals, batches: Iterable[Batch], world: World, common: int, saver: Saver) -> Iterator[Batch]:

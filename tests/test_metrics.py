@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,18 @@ from hypothesis import strategies as st
 from objectives.dense import some
 from torch import Tensor, nn
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.loader import Batch, MixedLabels
 from distill_cli.distributed import World
 from distill_cli.errors import DistillError
-from distill_cli.metrics import Accuracy, Agreement, measure_accuracy, measure_agreement
+from distill_cli.metrics import (
+    Accuracy,
+    Agreement,
+    calibration,
+    compare,
+    expected_error,
+    measure_accuracy,
+    measure_agreement,
+)
 from distill_cli.report import Report
 from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, top_k
 
@@ -34,9 +43,7 @@ def accuracy(logits: Tensor, labels: Tensor, size: int = 1000) -> Accuracy:
 def agreement(logits: Tensor, rows: SparseLogits, size: int = 1000, sampled: bool = False) -> Agreement:
     labels = torch.zeros(len(logits), dtype=torch.long)
     with Report(quiet=True).progress("", 0) as progress:
-        return measure_agreement(
-            nn.Identity(), batches(logits, labels, size, rows), logits.shape[1], WORLD, "fp32", progress, sampled
-        )
+        return measure_agreement(nn.Identity(), batches(logits, labels, size, rows), WORLD, "fp32", progress, sampled)
 
 
 @st.composite
@@ -143,3 +150,40 @@ def test_sampled_rows_have_an_agreement_and_no_kl() -> None:
     logits = torch.randn(9, 6)
     rows = sample_tail(logits, 1, 4, torch.rand(9, dtype=torch.float64))
     assert agreement(logits, rows, sampled=True) == Agreement(agreement=100, kl=None, rows=9)
+
+
+@given(outcomes())
+def test_the_bins_of_confidence_give_the_calibration_error(outcome: tuple[Tensor, Tensor]) -> None:
+    logits, labels = outcome
+    found = accuracy(*outcome)
+    assert sum(images for images, *_ in found.calibration) == len(labels)
+    assert expected_error(found.calibration) == pytest.approx(found.ece, abs=1e-5)
+    confidence, first = logits.float().softmax(1).double().max(1)
+    assert calibration(confidence.numpy(), (first == labels).numpy()) == found.calibration
+
+
+def test_of_a_mixed_image_the_label_of_the_larger_share_is_compared() -> None:
+    logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    (batch,) = batches(logits, labels, 3, top_k(logits, 2))
+    batch = replace(batch, mixed=MixedLabels(torch.tensor([4, 3, 2]), torch.tensor([0.4, 0.6, 1.0])))
+    with Report(quiet=True).progress("", 0) as progress:
+        assert compare(nn.Identity(), [batch], WORLD, progress).labels.tolist() == [4, 1, 2]
+
+
+def test_no_image_has_no_calibration_error() -> None:
+    assert expected_error([(0, 0.0, 0.0)]) is None
+
+
+@given(outcomes(), st.integers(1, 60))
+def test_row_by_row_it_is_what_agreement_and_kl_are_the_means_of(outcome: tuple[Tensor, Tensor], size: int) -> None:
+    logits, labels = outcome
+    rows = keep_mass(top_k(logits.roll(1, 0) + logits.flip(1), min(4, logits.shape[1])), 0.8, min_k=1)
+    with Report(quiet=True).progress("", 0) as progress:
+        found = compare(nn.Identity(), batches(logits, labels, size, rows), WORLD, progress)
+    whole = agreement(logits, rows)
+    assert 100 * found.agreed.mean() == pytest.approx(whole.agreement, abs=1e-3)
+    assert found.kl.mean() == pytest.approx(whole.kl, rel=1e-4, abs=1e-5)
+    assert found.labels.tolist() == labels.tolist()
+    assert (found.student == logits.argsort(1, descending=True)[:, :3].numpy()).all()
+    entries = np.minimum(rows.counts.numpy(), 3)
+    assert ((found.teacher_prob > 0).sum(1) == entries).all()

@@ -49,15 +49,20 @@ def test_hours_are_told_from_minutes(clock: list[float]) -> None:
     assert lines(1, total=1000) == ["train: 1/1000 images, 0 images/s, 2:46:30 left"]
 
 
-def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("columns", "shown"), [("120", 1), ("80", 2)])
+def test_a_terminal_gets_a_bar_and_its_note_where_there_is_room(
+    columns: str, shown: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", columns)
     stream = Terminal()
     with Report(stream=stream).progress("train", 100, unit="rows") as progress:
         progress.advance(100, "loss 1.5")
-    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue().replace("\r", "\n")).strip().splitlines()[-1]
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue().replace("\r", "\n")).strip()
+    last = "\n".join(text.splitlines()[-shown:])
     assert last.startswith("train")
     assert "100/100 rows" in last
-    assert last.endswith("loss 1.5")
+    assert last.endswith("\nloss 1.5" if shown == 2 else " loss 1.5")
 
 
 def test_quiet_says_nothing_but_warnings() -> None:

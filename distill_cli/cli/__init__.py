@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from distill_cli import __version__
-from distill_cli.cli import bench, doctor, evaluate, models, quickstart, recipes, store, teacher_logits, train
+from distill_cli.cli import bench, doctor, evaluate, models, quickstart, recipes, report, store, teacher_logits, train
 from distill_cli.cli.output import emit
 from distill_cli.errors import DistillError, Stopped
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("teacher-logits")(teacher_logits.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
+app.command("report")(report.command)
 app.command("quickstart")(quickstart.command)
 app.add_typer(store.app, name="store")
 app.add_typer(recipes.app, name="recipes")

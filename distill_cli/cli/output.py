@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from distill_cli.distributed import World
     from distill_cli.report import Report
 
-NOT_IN_TABLES = ("per_class", "recipe", "origins")
+NOT_IN_TABLES = ("per_class", "calibration", "recipe", "origins")
 
 
 def print_result(summary: Any, as_json: bool) -> None:

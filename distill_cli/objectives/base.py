@@ -1,9 +1,10 @@
 """What an objective is: a module whose `forward(batch)` gives the losses, and whose `after_step` may follow a step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ class Losses:
 
     total: Tensor
     parts: Mapping[str, Tensor]
+    seen: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else a curve is made of, by name, means over the batch: see `beside_teacher`."""
 
 
 class Objective(nn.Module):
@@ -69,3 +72,19 @@ def teacher_rows(batch: Batch) -> SparseLogits:
     """The teacher's rows of a batch; an objective that calls this says `logits` in its `needs`."""
     assert batch.teacher is not None
     return batch.teacher
+
+
+@torch.no_grad()
+def beside_teacher(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """How a student stands to the teacher's rows of a batch, without waiting for the device; nothing without a store.
+
+    `agreement` is the share of the batch with the teacher's first class, `mass` the mean mass of the rows' entries.
+
+    Args:
+        logits: the student's as it is evaluated, `[batch, classes]`.
+    """
+    rows = batch.teacher
+    if rows is None:
+        return {}
+    agreed = logits.argmax(dim=-1) == rows.top1
+    return {"agreement": agreed.float().mean(), "mass": 1 - rows.log_tail.exp().mean()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from distill_cli.config import Fraction, PositiveFloat, section
 from distill_cli.data.loader import Batch
 from distill_cli.errors import UsageError
-from distill_cli.objectives.base import Losses, Objective, label_cross_entropy, teacher_rows
+from distill_cli.objectives.base import Losses, Objective, beside_teacher, label_cross_entropy, teacher_rows
 from distill_cli.sparse import SparseLogits, cross_entropy, entropy, soften
 
 
@@ -61,7 +61,8 @@ class DeiT(Objective):
         label = label_cross_entropy(class_logits, batch, self.config.label_smoothing)
         distill = self.distillation(token_logits, teacher_rows(batch))
         total = (1 - self.config.alpha) * label + self.config.alpha * distill
-        return Losses(total, {"label": label.detach(), "distill": distill.detach()})
+        seen = beside_teacher((class_logits + token_logits) / 2, batch)
+        return Losses(total, {"label": label.detach(), "distill": distill.detach()}, seen)
 
     def distillation(self, token_logits: Tensor, teacher: SparseLogits) -> Tensor:
         if self.config.distillation == "hard":

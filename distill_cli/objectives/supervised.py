@@ -6,7 +6,7 @@ from torch import nn
 
 from distill_cli.config import Fraction, section
 from distill_cli.data.loader import Batch
-from distill_cli.objectives.base import Losses, Objective, label_cross_entropy
+from distill_cli.objectives.base import Losses, Objective, beside_teacher, label_cross_entropy
 
 
 @section
@@ -32,4 +32,4 @@ class Supervised(Objective):
     def forward(self, batch: Batch) -> Losses:
         logits = self.student(batch.images)
         loss = label_cross_entropy(logits, batch, self.config.label_smoothing)
-        return Losses(loss, {"label": loss.detach()})
+        return Losses(loss, {"label": loss.detach()}, beside_teacher(logits, batch))

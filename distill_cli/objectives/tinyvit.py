@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from distill_cli.config import PositiveFloat, section
 from distill_cli.data.loader import Batch
-from distill_cli.objectives.base import Losses, Objective, teacher_rows
+from distill_cli.objectives.base import Losses, Objective, beside_teacher, teacher_rows
 from distill_cli.sparse import SparseLogits, cross_entropy, soften
 
 
@@ -40,7 +40,7 @@ class TinyViT(Objective):
     def forward(self, batch: Batch) -> Losses:
         logits = self.student(batch.images)
         loss = soft_cross_entropy(logits, teacher_rows(batch), self.config.temperature)
-        return Losses(loss, {"distill": loss.detach()})
+        return Losses(loss, {"distill": loss.detach()}, beside_teacher(logits, batch))
 
 
 def soft_cross_entropy(logits: Tensor, teacher: SparseLogits, temperature: float = 1.0) -> Tensor:

@@ -35,6 +35,8 @@ def test_a_student_is_trained_and_evaluated_on_it(distill: Cli, folder: Path, mi
     assert weights[0] == weights[1]
     scores = distill("eval", tmp_path / "two", "--store", mixed.path, "--workers", "2", "--json", "--quiet")
     assert (scores.code, scores.json["rows"]) == (0, 40), scores
+    page = distill("report", tmp_path / "two", "--samples", "15", "--workers", "2", "--json", "--quiet")
+    assert (page.code, page.json["rows"]) == (0, 15), page
     student = ("--image-size", "48", "--objective", "tinyvit", "--out", tmp_path / "larger")
     assert distill(*train, *student).code == 0
 

@@ -1,11 +1,14 @@
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from command_line import TRAIN, Cli, Made
+from command_line import DISTIL, TRAIN, Cli, Made, Refused
+from PIL import Image
 
 from distill_cli import shipped
 from distill_cli.cli.output import report_for
@@ -242,3 +245,56 @@ def test_doctor_says_what_it_found(tmp_path: Path, distill: Cli) -> None:
     assert result.json["torch + torchvision"] == {"found": "work together", "advice": ""}
     assert result.code == (1 if wrong else 0)
     assert [line.split()[1] for line in distill("doctor", tmp_path).out.splitlines()[1:3]] == ["distill", "python"]
+
+
+def test_a_training_line_says_what_a_person_wants_to_see(
+    folder: Path, store: Made, tmp_path: Path, distill: Cli
+) -> None:
+    given = (*DISTIL, "--store", store.path, "--data", folder, "--set", "train.log_every=1", "--out", tmp_path / "run")
+    assert distill("train", *given, "--quiet").code == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [1, 2]
+    for line in training:
+        assert line.keys() == {
+            "step", "epoch", "lr", "loss", "distill", "agreement", "mass", "grad_norm", "images_per_s", "data_wait",
+            "memory_mb",
+        }  # fmt: skip
+        assert 0 <= line["agreement"] <= 1
+        assert 0.6 < line["mass"] <= 1
+        assert 0 < line["data_wait"] < 1
+    validation = json.loads((tmp_path / "run" / "validation.json").read_text())
+    assert (validation["step"], validation["classes"]) == (2, ["bag", "boot", "coat"])
+    assert validation["top1"] == lines[-1]["top1"]
+    with Image.open(tmp_path / "run" / "images" / "inputs-00000000.png") as picture:
+        assert picture.size == (3 * 30 - 2, 3 * 30 - 2)
+
+
+def test_a_tracker_that_is_not_installed_ends_before_anything_is_written(
+    folder: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    given = (*TRAIN, "--data", folder, "--set", 'train.trackers=["mlflow"]', "--out", tmp_path / "run")
+    for more in ((), ("--dry-run",)):
+        line = refused(2, "train", *given, *more)
+        assert line.startswith("train.trackers: needs mlflow (")
+        assert line.endswith("); pip install 'distill-cli[mlflow]'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trackers_are_no_part_of_what_a_run_is(
+    run: Made, folder: Path, distill: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ModuleType("wandb")
+    made.__file__ = "wandb.py"
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    given = (*TRAIN, "--data", folder, "--set", 'train.trackers=["wandb"]', "--out", run.path, "--json")
+    assert distill("train", *given).json["status"] == "already_done"
+
+
+def test_eval_says_how_sure_the_model_was(run: Made, folder: Path, distill: Cli) -> None:
+    said = distill(*evaluate(run, folder, "--json")).json
+    bins = said["calibration"]
+    assert (len(bins), sum(images for images, *_ in bins)) == (15, 20)
+    gaps = sum(images * abs(right - sure) for images, right, sure in bins)
+    assert gaps / 20 == pytest.approx(said["ece"], abs=1e-5)

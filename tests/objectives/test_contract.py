@@ -10,6 +10,7 @@ import torch.distributed as dist
 from small import CLASSES, KINDS, make_batch, make_student, part
 from torch import Tensor
 
+from distill_cli.accumulate import backward
 from distill_cli.data.loader import Batch
 from distill_cli.distributed import World
 from distill_cli.objectives import OBJECTIVES, Objective, ObjectiveConfig, build
@@ -70,6 +71,24 @@ def test_the_losses_are_finite_scalars_and_the_parts_detached(case: str, kind: s
 
 @every_objective
 @every_kind
+def test_where_there_are_rows_it_says_how_the_student_stands_to_them(case: str, kind: str) -> None:
+    objective, batch = make(case), make_batch(kind=kind)
+    assert batch.teacher is not None
+    seen = objective(batch).seen
+    student = objective.student.eval()(batch.images)
+    assert seen["agreement"] == (student.argmax(1) == batch.teacher.class_id[:, 0]).float().mean()
+    entries = torch.arange(batch.teacher.class_id.shape[1]) < batch.teacher.counts[:, None]
+    kept = (batch.teacher.log_prob.exp() * entries).sum(1)
+    torch.testing.assert_close(seen["mass"], kept.mean())
+    assert not any(value.requires_grad for value in seen.values())
+
+
+def test_without_rows_there_is_nothing_to_stand_to() -> None:
+    assert make("supervised")(replace(make_batch(), teacher=None)).seen == {}
+
+
+@every_objective
+@every_kind
 def test_a_gradient_reaches_everything_that_is_trained_and_nothing_else(case: str, kind: str) -> None:
     objective = make(case)
     objective(make_batch(kind=kind)).total.backward()
@@ -102,6 +121,17 @@ def test_accumulating_two_halves_is_one_batch(case: str, kind: str) -> None:
     whole = gradients(objective, batch)
     halves = gradients(objective, part(batch, 0, 4), part(batch, 4, 8))
     torch.testing.assert_close(halves, whole, rtol=1e-6, atol=1e-6)
+
+
+@every_objective
+@every_kind
+def test_what_is_said_of_accumulated_parts_are_the_means_of_the_batch(case: str, kind: str) -> None:
+    objective, batch, world = make(case), make_batch(kind=kind), World(torch.device("cpu"))
+    whole, cut = (backward(objective, batch, parts, world, "fp32") for parts in (1, 3))
+    assert cut.parts.keys() == whole.parts.keys()
+    assert cut.seen.keys() == whole.seen.keys() == {"agreement", "mass"}
+    for name, value in {"total": whole.total, **whole.parts, **whole.seen}.items():
+        torch.testing.assert_close({"total": cut.total, **cut.parts, **cut.seen}[name], value, rtol=1e-5, atol=1e-6)
 
 
 @every_objective
