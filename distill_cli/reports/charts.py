@@ -32,6 +32,8 @@ class Axis:
     start: float
     end: float
     log: bool = False
+    whole: bool = False
+    """Whether only whole numbers have ticks."""
 
     def __call__(self, value: float) -> float:
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
@@ -40,7 +42,8 @@ class Axis:
 
     @property
     def ticks(self) -> list[float]:
-        return decades(self.low, self.high) if self.log else steps(self.low, self.high)
+        found = decades(self.low, self.high) if self.log else steps(self.low, self.high)
+        return [value for value in found if value == round(value)] if self.whole else found
 
 
 def curves(title: str, series: Sequence[Series], log: bool = False, unit: str = "", last: bool = True) -> Markup:
@@ -58,7 +61,7 @@ def curves(title: str, series: Sequence[Series], log: bool = False, unit: str = 
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points]
     log = log and min(ys) > 0 and max(ys) > 10 * min(ys)
-    across = Axis(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, LEFT, WIDTH - RIGHT)
+    across = Axis(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, LEFT, WIDTH - RIGHT, whole=True)
     low, high = (min(ys), max(ys)) if log else _padded(min(ys), max(ys))
     up = Axis(low, high, HEIGHT - BOTTOM, TOP, log)
     lines = [_curve(number, one, across, up) for number, one in enumerate(series)]

@@ -141,13 +141,14 @@ def _examples(run: Run, beside: Beside) -> Markup:
         f"Of {len(rows.kl):,} {split(beside)} images with rows in the store, by {what}. "
         "Left the image, right what the student saw: view 0, the teacher's own crop and augmentation."
     )
-    shown = [_example(run, rows, example) for example in beside.examples]
+    measure = "KL + entropy" if _sampled(beside) else "KL"
+    shown = [_example(run, rows, example, measure) for example in beside.examples]
     return section(
         "Largest disagreements", element("p", about, class_="about"), element("div", *shown, class_="examples")
     )
 
 
-def _example(run: Run, rows: Compared, example: Example) -> Markup:
+def _example(run: Run, rows: Compared, example: Example, measure: str) -> Markup:
     row, label = example.row, int(rows.labels[example.row])
     pair = [
         element("img", src=uri, alt=alt, class_="small" if "image/png" in uri else "")
@@ -173,7 +174,7 @@ def _example(run: Run, rows: Compared, example: Example) -> Markup:
         element(
             "figcaption",
             element("span", shortened(printable(example.key), 60), class_="mono"),
-            element("div", f"{truth}KL {rows.kl[row]:.3f}", class_="faint"),
+            element("div", f"{truth}{measure} {rows.kl[row]:.3f}", class_="faint"),
         ),
         element("table", *lines),
     )
@@ -187,7 +188,7 @@ def _inputs(run: Run) -> Markup:
             uri = data_uri(image.convert("RGB"), 1024)
     except Exception as error:  # What a parser meets in other people's bytes has no list.
         raise DamagedError(f"{run.inputs}: cannot be decoded; delete it") from error
-    picture = element("img", src=uri, alt="the first inputs", class_="sheet small")
+    picture = element("img", src=uri, alt="the first inputs", class_=f"sheet{' small' if 'image/png' in uri else ''}")
     about = "The first inputs of the first step, as the student saw them."
     return section("Inputs", element("p", about, class_="about"), picture)
 
@@ -226,7 +227,7 @@ def _lineage(run: Run, beside: Beside) -> Markup:
             "top_k": plan.top_k,
             "codec": plan.codec,
             "seed": plan.seed,
-            "teacher's top-1, all views": beside.store.manifests[0].top1,
+            "teacher's top-1": beside.store.manifests[0].top1,
         }
         found["software of the store"] = dict(plan.software)
     found["this page"] = {"distill": __version__}

@@ -48,6 +48,11 @@ def test_one_point_is_a_dot() -> None:
     assert "<circle" in curves("Loss", [Series("loss", [(1, 2.0)])])
 
 
+def test_steps_are_whole_numbers() -> None:
+    markup = curves("Loss", [Series("loss", [(40, 2.0), (41, 1.0)])])
+    assert re.findall(r'class="middle"[^>]*>([^<]*)<', markup) == ["40"]
+
+
 def test_the_key_has_the_last_values() -> None:
     assert "<b> 1.25</b>" in curves("Loss", [Series("loss", [(1, 2.0), (2, 1.25)])])
 
