@@ -5,7 +5,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
@@ -18,12 +19,12 @@ from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_
 from distill_cli.data import open_train
 from distill_cli.data.config import TENSORS
 from distill_cli.data.images import Encoded
-from distill_cli.data.loader import Batches, Rows, TrainingOrder, load
+from distill_cli.data.loader import Batch, Batches, Rows, TrainingOrder, load
 from distill_cli.data.sources import Source
 from distill_cli.data.tensors import Given, decoded
 from distill_cli.data.views import View, check_decoder, check_view, resolve_view, stored_view, train_transform
 from distill_cli.distributed import World
-from distill_cli.errors import UsageError
+from distill_cli.errors import DistillError, UsageError
 from distill_cli.recipe import Recipe
 from distill_cli.replay import SparseRows, check_data
 from distill_cli.report import Report
@@ -32,6 +33,9 @@ from distill_cli.store import open_store
 from distill_cli.store.reader import Store
 
 T = TypeVar("T")
+
+STAGES = ("read", "decode", "augment", "rows", "collate", "copy")
+"""All but the last are a worker's; rows are those of a store, where there is one."""
 
 SECONDS = 4.0
 """Of timing each part, where no batches are given."""
@@ -112,7 +116,7 @@ def bench_data(
 
     Raises:
         UsageError, MismatchError, DamagedError: data, store and recipe do not fit.
-        UnreadableImage: an image cannot be decoded, and is not to be skipped.
+        DistillError: an image cannot be decoded, and is not to be skipped, or none can.
     """
     report = report or Report()
     if (batches is not None and batches < 1) or (seconds is not None and not 0 < seconds < math.inf):
@@ -120,7 +124,8 @@ def bench_data(
     clock = _Clock(batches, SECONDS if seconds is None else seconds)
     opened = _open(recipe, world, report)
     report.stage("timing the stages in one process")
-    ms = _stages(opened, world, clock)
+    with _one_thread():
+        ms = _stages(opened, world, clock)
     report.stage(f"timing the loader with {world.workers} workers")
     loaded = _loaded(opened.batches, world.workers, world, clock)
     of_worker = sum(ms.values()) - ms["copy"]
@@ -143,8 +148,19 @@ def bench_data(
         worker_images_per_s=round(1000 / of_worker, 1),
         images_per_s=round(loaded, 1),
         bottleneck=_bottleneck(stages, of_worker, loaded, world.workers),
-        advice=_advice(opened, ms, loaded, world, clock),
+        advice=_advice(opened, loaded, world, clock),
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As a worker has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _open(recipe: Recipe, world: World, report: Report) -> _Opened:
@@ -181,11 +197,11 @@ def _open(recipe: Recipe, world: World, report: Report) -> _Opened:
     return _Opened(source, store, view, batches)
 
 
-@dataclass
 class _Times:
     """Seconds, by stage."""
 
-    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "decode", "rows"), 0.0))
+    def __init__(self) -> None:
+        self.spent = dict.fromkeys(STAGES, 0.0)
 
     def of(self, stage: str, call: Callable[[], T]) -> T:
         start = time.perf_counter()
@@ -226,40 +242,58 @@ class _TimedEncoded(Encoded):
         return self.times.of("decode", lambda: super(_TimedEncoded, self).decoded(by))
 
 
-def _timed_rows(rows: Rows, times: _Times) -> Rows:
-    def timed(view: int, sample_ids: NDArray[np.int64]) -> SparseLogits:
-        return times.of("rows", lambda: rows(view, sample_ids))
+class _TimedRows:
+    """The rows of a store, which are read for many batches at once."""
 
-    return timed
+    def __init__(self, rows: Rows, times: _Times) -> None:
+        self.rows, self.times, self.count = rows, times, 0
+
+    def __call__(self, view: int, sample_ids: NDArray[np.int64]) -> SparseLogits:
+        self.count += len(sample_ids)
+        return self.times.of("rows", lambda: self.rows(view, sample_ids))
 
 
 def _stages(opened: _Opened, world: World, clock: _Clock) -> dict[str, float]:
-    """Milliseconds an input of each stage, done one after the other in this process; the first batch is not counted."""
-    spent: dict[str, float] = {}
-    inputs = 0
-    for number in itertools.chain([0], clock.numbers(1)):
-        times = _Times()
-        rows = opened.batches.rows and _timed_rows(opened.batches.rows, times)
-        batches = replace(opened.batches, source=_Timed(opened.source, times), rows=rows)  # type: ignore[arg-type]
-        start = time.perf_counter()
-        loaded = batches.draw(number)
-        drawn = time.perf_counter()
-        sent = ForkingPickler.dumps(loaded)
-        collated = time.perf_counter()
-        loaded = ForkingPickler.loads(sent).to(world.device)
-        batch = loaded.finished(batches.transform)
+    """Milliseconds an input of each stage, done one after the other in this process; the first batch is not counted.
+
+    Raises:
+        DistillError: no image could be decoded.
+    """
+    times, inputs = _Times(), 0
+    rows = opened.batches.rows and _TimedRows(opened.batches.rows, times)
+    batches = replace(opened.batches, source=_Timed(opened.source, times), rows=rows)  # type: ignore[arg-type]
+    batch = _one(batches, 0, opened, world, times)
+    first = dict(times.spent)
+    for number in clock.numbers(1):
+        batch = _one(batches, number, opened, world, times)
+        inputs += len(batch)
+    if not inputs:
+        raise DistillError(f"{batch.skipped[0]}; no image of its batch could be decoded")
+    ms = {name: 1000 * max(0.0, times.spent[name] - first[name]) / inputs for name in STAGES}
+    if rows is None:
+        del ms["rows"]
+    else:
+        ms["rows"] = 1000 * times.spent["rows"] / rows.count
+    return ms
+
+
+def _one(batches: Batches, number: int, opened: _Opened, world: World, times: _Times) -> Batch:
+    """One batch; what is neither read nor decoded nor a row is augmentation."""
+    before, start = sum(times.spent.values()), time.perf_counter()
+    loaded = batches.draw(number)
+    times.spent["augment"] += time.perf_counter() - start - (sum(times.spent.values()) - before)
+    if opened.view.decode in TENSORS and not batches.transform.on_gpu:
+        seconds = _decoding(opened.source, loaded.batch.sample_ids)
+        times.spent["decode"] += seconds
+        times.spent["augment"] -= seconds
+    sent = times.of("collate", lambda: ForkingPickler.dumps(loaded))
+
+    def arrived() -> Batch:
+        batch = ForkingPickler.loads(sent).to(world.device).finished(batches.transform)
         _wait_for(world.device)
-        copied = time.perf_counter()
-        found = times.spent
-        if opened.view.decode in TENSORS and not batches.transform.on_gpu:
-            found["decode"] += _decoding(opened.source, batch.sample_ids)
-        found["augment"] = drawn - start - sum(found.values())
-        found["collate"], found["copy"] = collated - drawn, copied - collated
-        if number:
-            spent = {name: spent.get(name, 0.0) + value for name, value in found.items()}
-            inputs += len(batch)
-    order = ("read", "decode", "augment", *(("rows",) if opened.store else ()), "collate", "copy")
-    return {name: 1000 * max(spent[name], 0.0) / max(1, inputs) for name in order}
+        return batch  # type: ignore[no-any-return]
+
+    return times.of("copy", arrived)
 
 
 def _decoding(source: Source, sample_ids: NDArray[np.int64]) -> float:
@@ -301,7 +335,7 @@ def _bottleneck(stages: tuple[Stage, ...], of_worker: float, loaded: float, work
     return f"{most.name}: {most.share:.0f} % of a worker's time; {gives} {loaded:.0f} images/s"
 
 
-def _advice(opened: _Opened, ms: dict[str, float], loaded: float, world: World, clock: _Clock) -> str:
+def _advice(opened: _Opened, loaded: float, world: World, clock: _Clock) -> str:
     """What was tried and gave most, if anything did."""
     cores = len(os.sched_getaffinity(0))
     tried = dict[str, float]()

@@ -104,6 +104,13 @@ def test_an_unreadable_image_is_one_line_or_skipped(copied: Path, distill: Cli, 
     assert _bench(distill, "--data", copied, "--skip-unreadable", "--json").json["images_per_s"] > 0
 
 
+def test_images_of_which_none_decodes_are_one_line(copied: Path, refused: Refused) -> None:
+    for path in (copied / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    line = refused(1, "bench", "data", *TINY, "--data", copied, "--skip-unreadable")
+    assert line.endswith("; no image of its batch could be decoded")
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_it(folder: Path) -> None:
     command = [sys.executable, "-m", "distill_cli", "bench", "data", "--data", str(folder), "--seconds", "600"]
