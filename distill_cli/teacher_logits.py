@@ -20,7 +20,7 @@ from distill_cli.report import Report
 from distill_cli.store.manifest import Manifest, ShardEntry
 from distill_cli.store.plan import PROBES, Generation, Plan, numbered
 from distill_cli.store.rows import Rows, first, trim
-from distill_cli.store.shard import encode, open_shard
+from distill_cli.store.shard import CONTENT_CRC, encode, open_shard
 from distill_cli.store.writer import StoreWriter, check_plan
 
 MARKS = (numbered("plan", 0), numbered("manifest", 0))
@@ -189,17 +189,19 @@ def _bytes(plan: Plan, rows: Rows) -> int:
     n = len(rows)
     full, half = (_encoded(plan, first(rows, size)) for size in (n, n // 2))
     per_row = (full - half) / (n - n // 2)
-    of_contents = 4 * plan.samples
+    # The first view has a checksum of each row's content besides.
+    of_contents = plan.shards * (_encoded(plan, rows, with_crc=True) - full - 4 * n) + 4 * plan.samples
     return round(plan.views * plan.shards * (full - n * per_row) + plan.rows * per_row) + of_contents
 
 
-def _encoded(plan: Plan, rows: Rows) -> int:
+def _encoded(plan: Plan, rows: Rows, with_crc: bool = False) -> int:
     """The size of a shard of just these rows."""
     if len(rows) == 0:
         return 0
     alone = replace(plan, samples=len(rows), shard_rows=len(rows))
     dealt = replace(rows, sample_id=alone.dealing.sample_ids(0))
-    return len(encode(alone, 0, 0, dealt, np.zeros(min(PROBES, len(rows)), np.uint32)))
+    extra = {CONTENT_CRC: np.zeros(len(rows), np.uint32)} if with_crc else {}
+    return len(encode(alone, 0, 0, dealt, np.zeros(min(PROBES, len(rows)), np.uint32), extra=extra))
 
 
 def _half_top_k(plan: Plan, rows: Rows, size: int) -> int | None:
