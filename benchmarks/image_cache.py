@@ -126,7 +126,8 @@ def main() -> None:
         for short_side in (0, 256):
             folders.append(root / f"cache-{short_side}")
             start = time.perf_counter()
-            cache = image_cache.cached(source, DataConfig(cache=str(folders[-1])), "train", short_side, HERE, QUIET)
+            view = resolve_view(DataConfig(short_side=short_side), MODEL)
+            cache = image_cache.cached(source, DataConfig(cache=str(folders[-1])), "train", view, HERE, QUIET)
             kinds[f"cache, short side {short_side or 'as it is'}"] = batches_of(cache, short_side)
             print(f"short side {short_side}: filled in {time.perf_counter() - start:.1f} s")
         cpu = in_turn([processor(batches) for batches in kinds.values()])

@@ -200,7 +200,7 @@ def _open(recipe: Recipe, store: Store, world: World, report: Report) -> list[Ca
     check_decoder(view, world.device, store)
     teacher.model.to(world.device)
     check_forward(teacher.model, f"teacher {teacher.name}", view.image_size)
-    source = cached(source, recipe.data, "train", view.short_side, world, report)
+    source = cached(source, recipe.data, "train", view, world, report)
     return [Capture(recipe, {}, teacher, source, view, generation.plan) for generation in store.generations]
 
 

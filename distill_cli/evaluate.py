@@ -270,18 +270,18 @@ def _stored_images(recipe: Recipe, frozen: Frozen, store: Store) -> tuple[Source
     raise refusal or MismatchError(f"store {store}: is not of the data {recipe.data.path}")
 
 
-def _parts(opened: Evaluation) -> tuple[tuple[Source | None, str, int], tuple[Source | None, str, int]]:
-    """What is read: source, part of the cache, short side."""
-    short_side = 0 if opened.store is None else _taught(opened.store).short_side
+def _parts(opened: Evaluation) -> tuple[tuple[Source | None, str, View | None], tuple[Source | None, str, View | None]]:
+    """What is read: source, part of the cache, view."""
+    taught = None if opened.store is None else _taught(opened.store)
     evaluated = None if opened.source.labels is None else opened.source
-    return (evaluated, "val", 0), (opened.stored, "train", short_side)
+    return (evaluated, "val", None), (opened.stored, "train", taught)
 
 
 def _with_caches(opened: Evaluation, world: World, report: Report) -> Evaluation:
     """The same with its images read from `data.cache`, where there is one."""
     source, stored = (
-        None if part is None else image_cache.cached(part, opened.recipe.data, name, short_side, world, report)
-        for part, name, short_side in _parts(opened)
+        None if part is None else image_cache.cached(part, opened.recipe.data, name, view, world, report)
+        for part, name, view in _parts(opened)
     )
     return replace(opened, source=source or opened.source, stored=stored)
 

@@ -116,8 +116,7 @@ def write_generation(
     if manifest is not None:
         report.stage(f"{out}: complete already, {manifest.rows} rows")
         return _summary("already_done", out, plan, manifest, None, time.monotonic() - start)
-    source, short_side = capture.source, capture.view.short_side
-    source = image_cache.cached(source, capture.recipe.data, "train", short_side, world, report)
+    source = image_cache.cached(capture.source, capture.recipe.data, "train", capture.view, world, report)
     capture = replace(capture, source=source)
     with shared(out, without_locks=shards is not None) as claims:
         with claims.desk():
@@ -181,7 +180,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
         half_top_k=half_k,
         half_top_k_mass=None if half_k is None else _mass(rows, half_k),
         half_views=plan.views // 2 or None,
-        **image_cache.bill(recipe.data, (capture.source, "train", capture.view.short_side)),
+        **image_cache.bill(recipe.data, (capture.source, "train", capture.view)),
     )
 
 

@@ -140,9 +140,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
         hours=round(setup.steps * setup.order.images_per_step / images_per_s / 3600, 4) if images_per_s else 0.0,
         checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         free_bytes=free_bytes(out),
-        **image_cache.bill(
-            recipe.data, (setup.source, "train", setup.drawn_from.short_side), (setup.validation, "val", 0)
-        ),
+        **image_cache.bill(recipe.data, (setup.source, "train", setup.drawn_from), (setup.validation, "val", None)),
     )
 
 
@@ -214,9 +212,9 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
 def _with_caches(setup: Experiment, world: World, report: Report) -> Experiment:
     """The same with its images read from `data.cache`, where there is one."""
     config, val = setup.recipe.data, setup.validation
-    source = image_cache.cached(setup.source, config, "train", setup.drawn_from.short_side, world, report)
+    source = image_cache.cached(setup.source, config, "train", setup.drawn_from, world, report)
     if val is not None:
-        val = image_cache.cached(val, config, "val", 0, world, report)
+        val = image_cache.cached(val, config, "val", None, world, report)
     return replace(setup, source=source, val=val)
 
 

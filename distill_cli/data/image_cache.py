@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image, features
 from torch.utils.data import Dataset
 
-from distill_cli.data.config import DataConfig
+from distill_cli.data.config import DataConfig, View
 from distill_cli.data.crops import reduced
 from distill_cli.data.images import Readable, UnreadableImage, printable
 from distill_cli.data.keys import keys_sha256
@@ -194,13 +194,13 @@ class ImageCache(Readable):
         return Image.frombytes("RGB", (width, height), pixels)
 
 
-def cached(source: Source, config: DataConfig, part: str, short_side: int, world: World, report: Report) -> Source:
+def cached(source: Source, config: DataConfig, part: str, view: View | None, world: World, report: Report) -> Source:
     """A source as it is, or, where `data.cache` names a folder, with its images read from there: filled first, by this
     and whatever other processes come with the same.
 
     Args:
         part: of the folder: `train` or `val`.
-        short_side: of the view that the images are read for.
+        view: that the images are read for; None for an evaluation's.
 
     Raises:
         UsageError: the disk is too small, the folder holds something else, or a view decodes for each crop.
@@ -211,26 +211,22 @@ def cached(source: Source, config: DataConfig, part: str, short_side: int, world
     """
     if config.cache is None:
         return source
-    if part == "train" and config.decode not in (None, "full"):
-        raise UsageError(
-            f"--cache: keeps decoded images, and data.decode={config.decode} decodes for each crop; leave one out"
-        )
-    cache = _opened(source, config, part, short_side)
+    cache = _opened(source, config, part, view)
     if not _is_complete(cache):
         _fill(cache, config.skip_unreadable, world, report)
     _prove(cache)
     return cache
 
 
-def bill(config: DataConfig, *parts: tuple[Source | None, str, int]) -> dict[str, int | None]:
-    """What `cached` would write of some (source, part, short side), and what is free there; None without a cache.
+def bill(config: DataConfig, *parts: tuple[Source | None, str, View | None]) -> dict[str, int | None]:
+    """What `cached` would write of some (source, part, view), and what is free there; None without a cache.
 
     Raises:
         as `cached`.
     """
     if config.cache is None:
         return {"cache_bytes": None, "cache_free_bytes": None}
-    caches = [_opened(source, config, part, short_side) for source, part, short_side in parts if source is not None]
+    caches = [_opened(source, config, part, view) for source, part, view in parts if source is not None]
     need = sum(_bytes(cache, _missing(cache)) for cache in caches if not _is_complete(cache))
     return {"cache_bytes": need, "cache_free_bytes": free_bytes(Path(config.cache))}
 
@@ -238,14 +234,18 @@ def bill(config: DataConfig, *parts: tuple[Source | None, str, int]) -> dict[str
 # Opening.
 
 
-def _opened(source: Source, config: DataConfig, part: str, short_side: int) -> ImageCache:
+def _opened(source: Source, config: DataConfig, part: str, view: View | None) -> ImageCache:
     """The cache, there or not yet.
 
     Raises:
         UsageError, MismatchError, DamagedError: the folder is none for it.
     """
     assert config.cache is not None
-    root = Path(config.cache)
+    if view is not None and view.decode != "full":
+        raise UsageError(
+            f"--cache: keeps decoded images, and data.decode={view.decode} decodes for each crop; leave one out"
+        )
+    root, short_side = Path(config.cache), 0 if view is None else view.short_side
     for data in filter(None, (config.path, config.val)):
         if Path(data).is_dir() and root.resolve().is_relative_to(Path(data).resolve()):
             raise UsageError(f"--cache {root}: lies in the data, {data}, and would be listed with it; give another")

@@ -126,3 +126,13 @@ def test_changed_files_are_named_without_a_teacher(
         f"distill: store {store.path}: 1 of 40 files are not those that the teacher saw ({key}); "
         "restore them, or write a new store\n"
     )
+
+
+@pytest.mark.parametrize("decode", ["reduced", "torch"])
+def test_a_cache_beside_a_view_that_decodes_for_each_crop_is_refused(
+    decode: str, folder: Path, run: Made, tmp_path: Path, refused: Refused
+) -> None:
+    command = capture(run.path, folder, tmp_path / "store")
+    augment = ("--set", "data.augment=rrc", "--set", f"data.decode={decode}")
+    said = refused(2, *command, *augment, "--cache", tmp_path / "cache")
+    assert said == f"--cache: keeps decoded images, and data.decode={decode} decodes for each crop; leave one out"

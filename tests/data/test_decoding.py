@@ -389,3 +389,15 @@ def test_a_crop_reads_the_size_alone() -> None:
         seed_everything(4)
         drawn.append(crop.draw(image))
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ({"decode": "reduced", "short_side": 32}, "data.decode=reduced: decodes for each crop, and data.short_side"),
+        ({"decode": "cuda", "mixup": 0.8}, "data.decode=cuda: does not mix images; give data.decode=torch"),
+    ],
+)
+def test_what_decodes_late_is_not_resized_before_and_on_a_gpu_not_mixed(asked: dict[str, Any], line: str) -> None:
+    with pytest.raises(UsageError, match=line):
+        _view(**asked)

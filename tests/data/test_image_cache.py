@@ -55,7 +55,8 @@ def open_cache(folder: Path, tmp_path: Path) -> Open:
 
     def opened(short_side: int = 0, workers: int = 0, report: Report = QUIET, **config: Any) -> ImageCache:
         asked = DataConfig(cache=str(tmp_path / "cache"), path=str(folder), **config)
-        found = cached(_source(folder), asked, "train", short_side, World(CPU, workers=workers), report)
+        view = resolve_view(DataConfig(short_side=short_side), _MODEL)
+        found = cached(_source(folder), asked, "train", view, World(CPU, workers=workers), report)
         assert isinstance(found, ImageCache)
         return found
 
@@ -128,15 +129,15 @@ def test_it_pickles(open_cache: Open) -> None:
 
 def test_without_a_folder_it_is_the_source_itself(folder: Path) -> None:
     source = _source(folder)
-    assert cached(source, DataConfig(), "train", 0, World(CPU), QUIET) is source
-    assert bill(DataConfig(), (source, "train", 0)) == {"cache_bytes": None, "cache_free_bytes": None}
+    assert cached(source, DataConfig(), "train", None, World(CPU), QUIET) is source
+    assert bill(DataConfig(), (source, "train", None)) == {"cache_bytes": None, "cache_free_bytes": None}
 
 
 def test_a_bill_says_what_is_still_to_be_written(open_cache: Open, folder: Path, tmp_path: Path) -> None:
     config = DataConfig(cache=str(tmp_path / "cache"))
 
     def asked() -> int:
-        need, free = bill(config, (_source(folder), "train", 0), (None, "val", 0)).values()
+        need, free = bill(config, (_source(folder), "train", None), (None, "val", None)).values()
         assert need is not None
         assert free is not None
         assert free > 2**20
@@ -228,7 +229,7 @@ def test_a_folder_of_something_else_is_refused(open_cache: Open, folder: Path, t
         open_cache()
     config = DataConfig(cache=str(folder / "cache"), path=str(folder))
     with pytest.raises(UsageError, match=r"--cache .*: lies in the data, .*, and would be listed with it"):
-        cached(_source(folder), config, "train", 0, World(CPU), QUIET)
+        cached(_source(folder), config, "train", None, World(CPU), QUIET)
     assert not (folder / "cache").exists()
 
 
