@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from distill_cli.data import open_train
+from distill_cli.data import image_cache, open_train
 from distill_cli.data.config import TENSORS
+from distill_cli.data.image_cache import ImageCache
 from distill_cli.data.images import Encoded
 from distill_cli.data.loader import Batch, Batches, Rows, TrainingOrder, load
 from distill_cli.data.sources import Source
@@ -25,6 +26,7 @@ from distill_cli.data.tensors import Given, decoded
 from distill_cli.data.views import View, check_decoder, check_view, resolve_view, stored_view, train_transform
 from distill_cli.distributed import World
 from distill_cli.errors import DistillError, UsageError
+from distill_cli.experiment import training_order
 from distill_cli.recipe import Recipe
 from distill_cli.replay import SparseRows, check_data
 from distill_cli.report import Report
@@ -174,16 +176,8 @@ def _open(recipe: Recipe, world: World, report: Report) -> _Opened:
         check_data(store, source)
         view = stored_view(recipe.data, store.plan.transform, f"store {store}")
     check_decoder(view, world.device, store)
-    reads = recipe.train.views_per_read
-    if store is not None and reads > store.views:
-        raise UsageError(f"--views-per-read {reads}: store {store} has {store.views} views; give at most as many")
-    order = TrainingOrder(
-        store.sample_ids if store else np.arange(len(source)),
-        recipe.train.batch_size,
-        recipe.train.seed,
-        store.views if store else 2**31,
-        views_per_read=reads,
-    )
+    order = training_order(recipe, source, store, view, world)
+    source = image_cache.cached(source, recipe.data, "train", view, world, report)
     batches = Batches(
         source,
         train_transform(view),
@@ -191,8 +185,9 @@ def _open(recipe: Recipe, world: World, report: Report) -> _Opened:
         seed=recipe.train.seed,
         drawn=store.drawn if store else None,
         rows=SparseRows(store) if store else None,
-        views_per_read=reads,
+        views_per_read=recipe.train.views_per_read,
         skip_unreadable=recipe.data.skip_unreadable,
+        partners=order.partners,
     )
     return _Opened(source, store, view, batches)
 
@@ -231,6 +226,8 @@ class _Timed:
         return found and _TimedEncoded(found.content, found.name, self.times)
 
     def read(self, sample_id: int) -> Image.Image:
+        if isinstance(self.source, ImageCache):
+            return self.times.of("read", lambda: self.source.read(sample_id))
         return self.decode(sample_id, self.content(sample_id))
 
 
@@ -359,7 +356,8 @@ def _alternatives(opened: _Opened) -> Iterator[tuple[str, Batches]]:
             check_view(changed)
         except UsageError:
             continue
-        if changed != view and view.decode not in TENSORS:
+        cached = name == "decode" and isinstance(opened.source, ImageCache)
+        if changed != view and view.decode not in TENSORS and not cached:
             yield f"data.{name}={other}", replace(batches, transform=train_transform(changed))
     views = opened.store.views if opened.store else VIEWS_PER_READ
     order = batches.order

@@ -181,7 +181,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     check_decoder(view, world.device, store)
     _say_input(view, taught, report)
     check_forward(student, recipe.student.name, view.image_size)
-    order = _order(recipe, source, store, view, world)
+    order = training_order(recipe, source, store, view, world)
     settled, origins = _settle(recipe, store, view, order, classes)
     assert settled.objective is not None
     objective = build(settled.objective, student).to(world.device)
@@ -311,7 +311,12 @@ def _image_size(recipe: Recipe, store: Store | None) -> int | None:
     return read_view(store.plan.transform, f"store {store}").image_size
 
 
-def _order(recipe: Recipe, source: Source, store: Store | None, view: View, world: World) -> TrainingOrder:
+def training_order(recipe: Recipe, source: Source, store: Store | None, view: View, world: World) -> TrainingOrder:
+    """The order in which this rank sees the samples of a store, or of a source.
+
+    Raises:
+        UsageError: the batch size, the views of a read, the ranks and the store do not fit.
+    """
     config = recipe.train
     views = config.views_per_read
     if config.batch_size % (views * world.size):

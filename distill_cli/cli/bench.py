@@ -18,6 +18,7 @@ def data(
     recipe: options.RecipeName = None,
     path: options.Data = None,
     store: options.StorePath = None,
+    cache: options.Cache = None,
     batch_size: options.BatchSize = None,
     views_per_read: options.ViewsPerRead = None,
     image_size: options.ImageSize = None,
@@ -44,6 +45,7 @@ def data(
         flags(
             ("--data", "data.path", path),
             ("--store", "store.path", store),
+            ("--cache", "data.cache", cache),
             ("--batch-size", "train.batch_size", batch_size),
             ("--views-per-read", "train.views_per_read", views_per_read),
             ("--image-size", "data.image_size", image_size),

@@ -45,6 +45,20 @@ def test_every_way_of_decoding_has_its_own_stage(decode: str, folder: Path, dist
     assert {stage["name"]: stage["ms"] > 0 for stage in said["stages"]}["decode"]
 
 
+def test_a_cache_leaves_nothing_to_decode(folder: Path, tmp_path: Path, distill: Cli) -> None:
+    said = _bench(distill, "--data", folder, "--cache", tmp_path / "cache", "--json").json
+    assert {stage["name"]: stage["ms"] > 0 for stage in said["stages"] if stage["name"] in ("read", "decode")} == {
+        "read": True,
+        "decode": False,
+    }
+
+
+def test_mixed_images_are_timed_as_they_are_trained_on(folder: Path, distill: Cli) -> None:
+    said = _bench(distill, "--data", folder, "--set", "data.mixup=0.8", "--json").json
+    assert said["view"]["mixup"] == 0.8
+    assert said["images_per_s"] > 0
+
+
 def test_the_table_is_plain_in_a_pipe(folder: Path, distill: Cli) -> None:
     result = _bench(distill, "--data", folder)
     assert re.search(r"^decode +[\d.]+ +[\d,]+ +\d+$", result.out, re.MULTILINE)
