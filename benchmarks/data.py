@@ -30,7 +30,8 @@ from torchvision.datasets import ImageFolder
 
 from distill_cli.data import open_source
 from distill_cli.data.config import DataConfig
-from distill_cli.data.loader import Batches, TrainingOrder, load
+from distill_cli.data.loader import Batches, load
+from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import Source, fingerprint
 from distill_cli.data.views import resolve_view, train_transform
 from distill_cli.replay import SparseRows

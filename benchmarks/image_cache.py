@@ -19,7 +19,8 @@ from PIL import Image
 
 from distill_cli.data import image_cache, open_source
 from distill_cli.data.config import DataConfig
-from distill_cli.data.loader import Batches, TrainingOrder, in_workers
+from distill_cli.data.loader import Batches, in_workers
+from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import Source
 from distill_cli.data.views import resolve_view, train_transform
 from distill_cli.distributed import World

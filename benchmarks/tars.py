@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distill_cli.data import open_source
 from distill_cli.data.config import DataConfig
-from distill_cli.data.loader import TrainingOrder
+from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.webdataset import TarSource
 
 TARS, IMAGES, SMALL_IMAGES, BATCH, WORKERS = 64, 250, 50, 128, 2

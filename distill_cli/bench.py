@@ -20,7 +20,8 @@ from distill_cli.data import image_cache, open_train
 from distill_cli.data.config import TENSORS
 from distill_cli.data.image_cache import ImageCache
 from distill_cli.data.images import Encoded
-from distill_cli.data.loader import Batch, Batches, Rows, TrainingOrder, load
+from distill_cli.data.loader import Batch, Batches, Rows, load
+from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import Source
 from distill_cli.data.tensors import Given, decoded
 from distill_cli.data.views import View, check_decoder, check_view, resolve_view, stored_view, train_transform

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from distill_cli.data import open_train, open_val
 from distill_cli.data.crops import evaluated
-from distill_cli.data.loader import TrainingOrder
 from distill_cli.data.mixing import SHARD_ROWS, DrawnPartners, Partners
+from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import Source, check_classes, fingerprint, num_classes, parts
 from distill_cli.data.views import (
     DEFAULTS,

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_cli.config import NonNegative, Positive, Precision, section
-from distill_cli.data.loader import Batch, Batches, ListingOrder, Loader
+from distill_cli.data.loader import Batch, Batches, Loader
+from distill_cli.data.orders import ListingOrder
 from distill_cli.data.sources import Source
 from distill_cli.data.views import View, eval_transform
 from distill_cli.distributed import World

@@ -15,7 +15,7 @@ from distill_cli.accumulate import backward
 from distill_cli.checkpoint import RECIPE, load_checkpoint
 from distill_cli.clipping import clip_gradients
 from distill_cli.config import RuntimeConfig
-from distill_cli.data.loader import TrainingOrder
+from distill_cli.data.orders import TrainingOrder
 from distill_cli.distributed import World
 from distill_cli.errors import DamagedError, UsageError
 from distill_cli.experiment import open_experiment

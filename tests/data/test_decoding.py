@@ -18,7 +18,8 @@ from distill_cli.data import open_source
 from distill_cli.data.config import DataConfig, View
 from distill_cli.data.crops import TORCHS, RandomResizedCrop, reduction, resize, resize_by_torch, resized
 from distill_cli.data.images import Encoded, UnreadableImage
-from distill_cli.data.loader import Batch, Batches, ListingOrder, TrainingOrder, load
+from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.orders import ListingOrder, TrainingOrder
 from distill_cli.data.pixels import Pixels
 from distill_cli.data.sources import Source, fingerprint
 from distill_cli.data.tensors import Undecoded

@@ -18,19 +18,8 @@ from hypothesis import strategies as st
 from distill_cli.data import loader as loader_module
 from distill_cli.data import open_source
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import (
-    AHEAD,
-    Batch,
-    Batches,
-    ListingOrder,
-    Loader,
-    Order,
-    SharedBytes,
-    TrainingOrder,
-    _begin_worker,
-    load,
-    windowed,
-)
+from distill_cli.data.loader import AHEAD, Batch, Batches, Loader, SharedBytes, _begin_worker, load
+from distill_cli.data.orders import ListingOrder, Order, TrainingOrder, windowed
 from distill_cli.data.sources import Source, UnreadableImage, without_labels
 from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
 from distill_cli.errors import DistillError

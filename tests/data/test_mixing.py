@@ -16,8 +16,9 @@ from timm.data.mixup import Mixup, mixup_target
 
 from distill_cli.data.config import DataConfig, View
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batches, ListingOrder, Order, TrainingOrder, load
+from distill_cli.data.loader import Batches, load
 from distill_cli.data.mixing import DrawnPartners, Mix, Mixing, partners, together
+from distill_cli.data.orders import ListingOrder, Order, TrainingOrder
 from distill_cli.data.pixels import Mixture
 from distill_cli.data.sources import UnreadableImage
 from distill_cli.data.views import resolve_view, train_transform

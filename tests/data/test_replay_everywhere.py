@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from distill_cli.data import loader
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batch, Batches, ListingOrder, Order, TrainingOrder, load
+from distill_cli.data.loader import Batch, Batches, load
 from distill_cli.data.mixing import Partners
+from distill_cli.data.orders import ListingOrder, Order, TrainingOrder
 from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
 from distill_cli.replay import SparseRows, stored_partners
 from distill_cli.store.plan import Plan

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from distill_cli.data import loader
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batches, ListingOrder, TrainingOrder, load
+from distill_cli.data.loader import Batches, load
+from distill_cli.data.orders import ListingOrder, TrainingOrder
 from distill_cli.data.views import DataConfig, eval_transform, resolve_view
 from distill_cli.replay import SparseRows
 from distill_cli.sparse import SparseLogits
