@@ -15,7 +15,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 def test_inputs_have_the_colours_again_that_they_were_made_of(images: ArraySource) -> None:
     pixels = torch.from_numpy(np.asarray(images.read(0)).copy()).permute(2, 0, 1)
-    inputs = Transform(lambda image: pixels, MEAN, STD)([images.read(0)], 0, 0, [0])
+    inputs = Transform(lambda image: pixels, pixels.shape[-1], MEAN, STD)([images.read(0)], 0, 0, [0])
     assert (colours(inputs, MEAN, STD)[0] == np.asarray(images.read(0))).all()
 
 
