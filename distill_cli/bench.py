@@ -29,11 +29,12 @@ from distill_cli.distributed import World
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.experiment import training_order
 from distill_cli.recipe import Recipe
-from distill_cli.replay import SparseRows, check_data
+from distill_cli.replay import check_data
 from distill_cli.report import Report
 from distill_cli.sparse import SparseLogits
 from distill_cli.store import open_store
 from distill_cli.store.reader import Store
+from distill_cli.training_batches import by_step
 
 T = TypeVar("T")
 
@@ -179,18 +180,7 @@ def _open(recipe: Recipe, world: World, report: Report) -> _Opened:
     check_decoder(view, world.device, store)
     order = training_order(recipe, source, store, view, world)
     source = image_cache.cached(source, recipe.data, "train", view, world, report)
-    batches = Batches(
-        source,
-        train_transform(view),
-        order,
-        seed=recipe.train.seed,
-        drawn=store.drawn if store else None,
-        rows=SparseRows(store) if store else None,
-        views_per_read=recipe.train.views_per_read,
-        skip_unreadable=recipe.data.skip_unreadable,
-        partners=order.partners,
-    )
-    return _Opened(source, store, view, batches)
+    return _Opened(source, store, view, by_step(recipe, source, train_transform(view), order, store))
 
 
 class _Times:

@@ -1,6 +1,7 @@
 """A loss that is not finite: the run stops with the weights of before, and leaves what is needed to look into it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +71,11 @@ def check_finite(window: Window, setup: Experiment, saver: Saver, world: World) 
     )
 
 
+def in_json(values: Mapping[str, float]) -> dict[str, float | str]:
+    """Values as strict JSON has them: one that is not finite by its name."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+
+
 def _record(step: int, values: dict[str, float], setup: Experiment, ranks: int) -> dict[str, Any]:
     order = replace(setup.order, rank=0, world_size=1)
     first, sample_ids = order(step - 1)
@@ -78,7 +84,7 @@ def _record(step: int, values: dict[str, float], setup: Experiment, ranks: int) 
         "step": step,
         "ranks": ranks,
         "lr": setup.learning_rate(step - 1),
-        "values": {name: value if math.isfinite(value) else str(value) for name, value in values.items()},
+        "values": in_json(values),
         "views": views,
         "sample_ids": sample_ids.tolist(),
         "keys": [printable(setup.source.keys[sample_id]) for sample_id in sample_ids.tolist()],

@@ -17,6 +17,7 @@ from distill_cli.clipping import clip_gradients
 from distill_cli.config import RuntimeConfig
 from distill_cli.data.orders import TrainingOrder
 from distill_cli.distributed import World
+from distill_cli.divergence import in_json
 from distill_cli.errors import DamagedError, UsageError
 from distill_cli.experiment import open_experiment
 from distill_cli.objectives import Losses
@@ -92,7 +93,7 @@ def replay_step(file: Path, runtime: RuntimeConfig, world: World, report: Report
     return Replayed(
         step=record["step"],
         finite=not bad and all(map(math.isfinite, values.values())),
-        values={name: value if math.isfinite(value) else str(value) for name, value in values.items()},
+        values=in_json(values),
         first_module=next(iter(modules), None),
         parameters=len(bad),
         first_parameters=bad[:SHOWN],

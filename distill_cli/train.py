@@ -170,9 +170,9 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
             saver.best = history.best
             if setup.validates_at(done.step) and done.step not in history.validated:
                 numbers, accuracy = _validate(setup, validation, world, signals, saver)
-                if world.is_main and history.is_best(numbers):
-                    _deliver(out / BEST, setup, numbers)
                 if world.is_main:
+                    if history.is_best(numbers):
+                        _deliver(out / BEST, setup, numbers)
                     names = class_names(setup.source, setup.store)
                     write_json(out / VALIDATION, {"step": done.step, "classes": names, **asdict(accuracy)})
                 history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **numbers}, "val")

@@ -225,7 +225,7 @@ class Batches(Dataset["Loaded | DistillError"]):
     """What images are decoded from is checksummed, in batches of view 0."""
     _ahead: dict[int, SparseLogits] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Rows of this process's next batches, by number."""
-    _shared: "SharedBytes" = field(default_factory=lambda: SharedBytes(), init=False, repr=False, compare=False)
+    _shared: SharedBytes = field(default_factory=SharedBytes, init=False, repr=False, compare=False)
 
     def __getitem__(self, number: int) -> Loaded | DistillError:
         try:
