@@ -50,6 +50,7 @@ def _summed(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def cut(batch: Batch, parts: int) -> Iterator[Batch]:
     """A batch in so many parts, their sizes as even as can be; none is empty, so a small batch has fewer."""
     count = min(parts, len(batch))
+    batch = replace(batch, view_of=batch.each_view)
     for start, end in pairwise(len(batch) * part // count for part in range(count + 1)):
         rows = {item.name: _rows(getattr(batch, item.name), slice(start, end)) for item in fields(batch)}
         yield replace(batch, **rows)

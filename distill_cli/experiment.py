@@ -33,7 +33,10 @@ from distill_cli.distributed import World
 from distill_cli.ema import build_ema
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
-from distill_cli.objectives import Objective, build
+from distill_cli.live_teacher import LiveTeacher
+from distill_cli.objectives import Objective, ObjectiveConfig, Setting, build
+from distill_cli.objectives.supervised import SupervisedConfig
+from distill_cli.objectives.tinyvit import TinyViTConfig
 from distill_cli.optim import build_optimizer, settle
 from distill_cli.recipe import Recipe, update
 from distill_cli.recipe import fingerprint as recipe_fingerprint
@@ -54,6 +57,8 @@ from distill_cli.students.build import (
 )
 from distill_cli.students.transfer import begin_from, check_begin
 from distill_cli.students.weights import Card
+from distill_cli.teachers import Frozen
+from distill_cli.teaching import check_needs, leave_out, open_teacher, rehearse
 
 SHUFFLE_TARS = 16
 
@@ -82,6 +87,8 @@ class Experiment:
     """Of the student's constructor."""
     begun: Mapping[str, str | None]
     """The sha256 of the weights and of the class map that the student began from."""
+    frozen: Frozen | None
+    """The live teacher."""
 
     @property
     def transform(self) -> Transform:
@@ -121,11 +128,12 @@ class Experiment:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with besides the recipe."""
-        return {"data": fingerprint(self.source), "store": self.store and self.store.id, **self.begun}
+        live = {"teacher": self.frozen.weights_sha256} if self.frozen else {}
+        return {"data": fingerprint(self.source), "store": self.store and self.store.id, **self.begun, **live}
 
     def card(self, top1: float | None, top5: float | None, ema_decay: float | None = None) -> Card:
         """What the weights of this experiment say of themselves."""
-        plan = self.store.plan if self.store else None
+        taught_by = self.store.plan.teacher["name"] if self.store else self.frozen.name if self.frozen else None
         view, recipe = self.view, self.recipe
         assert recipe.objective is not None
         assert recipe.student.name is not None
@@ -144,7 +152,7 @@ class Experiment:
             recipe_sha256=recipe_fingerprint(recipe),
             data_fingerprint=sha256(canonical_json(self.identity["data"])),
             objective=recipe.objective.name,
-            teacher=plan.teacher["name"] if plan else None,
+            teacher=taught_by,
             store=self.store.id if self.store else None,
             init_from=self.begun["init_from"],
             ema_decay=ema_decay,
@@ -160,14 +168,17 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     Raises:
         UsageError, MismatchError, DamagedError: they do not fit each other; both sides are named.
     """
+    if recipe.student.name is None:
+        raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
+    check_begin(recipe.train.init_from, recipe.student.class_map, recipe.student.pretrained)
+    config = recipe.objective or (TinyViTConfig() if recipe.store.path else SupervisedConfig())
+    frozen = open_teacher(config, recipe)
+    rehearse(config, recipe, frozen)
     report.stage("opening the data")
     source = open_train(recipe.data, report)
     val = open_val(recipe.data, report)
     store = open_store(recipe.store)
-    if recipe.student.name is None:
-        raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
-    check_begin(recipe.train.init_from, recipe.student.class_map, recipe.student.pretrained)
-    classes = _classes(recipe, source, val, store)
+    classes = _classes(recipe, source, val, store, frozen)
     report.stage(f"{len(source)} images, {len(val) if val else 'none'} to validate on; building {recipe.student.name}")
     torch.manual_seed(recipe.train.seed)
     size = _image_size(recipe, store)
@@ -182,10 +193,12 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     _say_input(view, taught, report)
     check_forward(student, recipe.student.name, view.image_size)
     order = training_order(recipe, source, store, view, world)
-    settled, origins = _settle(recipe, store, view, order, classes)
-    assert settled.objective is not None
-    objective = build(settled.objective, student).to(world.device)
-    _check_needs(objective, settled, source, store)
+    settled, origins = _settle(recipe, config, store, view, order, classes)
+    check_needs(config, settled, source, store)
+    live = None if frozen is None else LiveTeacher(frozen, view.mean, view.std, world.device)
+    setting = Setting(view.image_size, view.mean, view.std, recipe.train.seed, live)
+    objective = build(config, student, setting).to(world.device)
+    leave_out(objective, report)
     _warn(recipe, source, val, store, student, view, report)
     return Experiment(
         recipe=settled,
@@ -202,6 +215,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
         classes=classes,
         arguments=arguments,
         begun=begun,
+        frozen=frozen,
     )
 
 
@@ -232,19 +246,18 @@ def _say_input(view: View, taught: View | None, report: Report) -> None:
 
 
 def _settle(
-    recipe: Recipe, store: Store | None, view: View, order: TrainingOrder, classes: int
+    recipe: Recipe, config: ObjectiveConfig, store: Store | None, view: View, order: TrainingOrder, classes: int
 ) -> tuple[Recipe, dict[str, str]]:
     """The recipe with nothing left open, and what decided each value that was."""
     train, by = recipe.train, "store" if store else "student"
     epochs = train.epochs if train.steps is None else -(-train.steps // order.steps_per_epoch)
     warmup = epochs / 20 if train.warmup_epochs is None else train.warmup_epochs
-    objective = recipe.objective.name if recipe.objective else "tinyvit" if store else "supervised"
     chosen = settle(train)
     origins = dict.fromkeys(DEFAULTS, "default") if store is None else {}
     if recipe.data.input == "student":
         origins |= dict.fromkeys(SEEN, "student")
     decided = {f"data.{name}": (origins.get(name, by), value) for name, value in view.table.items()} | {
-        "objective.name": ("store" if store else "no store", objective),
+        "objective.name": ("store" if store else "no store", config.name),
         "student.num_classes": ("store" if store else "data", classes),
         "student.img_size": (origins.get("image_size", by), view.image_size),
         "train.lr": ("batch size", chosen.pop("lr")),
@@ -284,11 +297,14 @@ def _warn(
         report.warn(f"--data {recipe.data.path}: has no {lack}, so there is no top1; data.val names other images")
 
 
-def _classes(recipe: Recipe, source: Source, val: Source | None, store: Store | None) -> int:
-    """The student's class count, agreed by store, data and recipe."""
+def _classes(recipe: Recipe, source: Source, val: Source | None, store: Store | None, frozen: Frozen | None) -> int:
+    """The student's class count, agreed by store, data, live teacher and recipe."""
     if store is not None:
         check_data(store, source)
     known = store.plan.num_classes if store else num_classes(source)
+    if frozen is not None and recipe.teacher.live:
+        check_classes(source, f"--teacher {recipe.teacher.name}", frozen.num_classes, frozen.classes)
+        known = frozen.num_classes
     count = recipe.student.num_classes or known
     if count is None:
         raise UsageError(f"--data {recipe.data.path}: has no labels; give a --store to learn from, or class folders")
@@ -367,32 +383,3 @@ def _tars(recipe: Recipe, source: Source, sample_ids: NDArray[np.int64]) -> tupl
         return ()
     before = np.searchsorted(sample_ids, np.cumsum(sizes))
     return tuple(np.diff(before, prepend=0).tolist())
-
-
-def _check_needs(objective: Objective, recipe: Recipe, source: Source, store: Store | None) -> None:
-    assert recipe.objective is not None
-    name = recipe.objective.name
-    if store is not None and store.sampled and "logits" in objective.needs:
-        _check_sampled(recipe, store)
-    if "logits" in objective.needs and store is None:
-        raise UsageError(f"objective {name}: learns from a store; give --store, or --objective supervised")
-    if "labels" in objective.needs and source.labels is None:
-        raise UsageError(f"objective {name}: learns from labels, which --data {recipe.data.path} has not; use tinyvit")
-
-
-def _check_sampled(recipe: Recipe, store: Store) -> None:
-    """
-    Raises:
-        MismatchError: the objective asks of sampled rows what they cannot tell.
-    """
-    temperature = getattr(recipe.objective, "temperature", 1)
-    if getattr(recipe.objective, "distillation", "soft") == "hard":
-        raise MismatchError(
-            f"objective.distillation: hard needs the teacher's most probable class, the rows of store {store} are "
-            'sampled; give objective.distillation="soft", or write a store without --sample'
-        )
-    if temperature != 1:
-        raise MismatchError(
-            f"objective.temperature: {temperature} asked, the rows of store {store} are sampled at temperature 1 "
-            "and unbiased for no other; leave it at 1, or write a store without --sample"
-        )

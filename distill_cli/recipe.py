@@ -107,12 +107,21 @@ def parse(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -
     Raises:
         UsageError: see `load`.
     """
+    nested = _nest(values)
+    if "terms" in nested.get("objective", ()):
+        nested["objective"].setdefault("name", "terms")
     try:
-        return TypeAdapter(Recipe).validate_python(_nest(values))
+        return TypeAdapter(Recipe).validate_python(nested)
     except ValidationError as error:
-        first, *others = error.errors(include_url=False)
+        # A value that may be of several kinds has an error for each; that it is a table is the least telling.
+        found: dict[str, Any] = {}
+        for each in sorted(error.errors(include_url=False), key=_is_of_another_kind):
+            found.setdefault(_path(each["loc"], nested), each)
+        first, *others = (
+            (path, each) for path, each in found.items() if not any(other.startswith(f"{path}.") for other in found)
+        )
         more = f" (and {len(others)} more)" if others else ""
-        raise UsageError(_explain(first, origins or {}) + more) from None
+        raise UsageError(_explain(*first, origins or {}) + more) from None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -171,10 +180,12 @@ def known_paths() -> list[str]:
 
 def _paths(cls: Any, prefix: str) -> Iterator[str]:
     for item in fields(cls):
-        inner = [kind for kind in _kinds(item.type) if is_dataclass(kind)]
+        kinds = set(_kinds(item.type))
+        path = f"{prefix}{item.name}.{'NAME.' if str in kinds else ''}"
+        inner = [kind for kind in kinds if is_dataclass(kind)]
         for kind in inner:
-            yield from _paths(kind, f"{prefix}{item.name}.")
-        if not inner:
+            yield from _paths(kind, path)
+        if not inner or not kinds.isdisjoint((float, int)):
             yield f"{prefix}{item.name}"
 
 
@@ -217,13 +228,28 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _explain(error: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+def _is_of_another_kind(error: Mapping[str, Any]) -> bool:
+    return isinstance(error["input"], Mapping) and error["type"].endswith("_type")
+
+
+def _path(place: Sequence[Any], values: Any) -> str:
+    """The dotted path of one of pydantic's errors, without the names of the kinds that a value may be of.
+
+    Such a name stands in the place without a key for it, as in ("objective", "deit", "alpha").
+    """
+    path: list[str] = []
+    for number, key in enumerate(place, 1):
+        table, at_end = isinstance(values, Mapping), number == len(place)
+        known = key in values if table else isinstance(values, list) and isinstance(key, int) and key < len(values)
+        if known:
+            values = values[key]
+        if known or (at_end and (table or isinstance(key, int))):
+            path.append(str(key))
+    return ".".join(path)
+
+
+def _explain(path: str, error: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """One line for one of pydantic's errors."""
-    # A discriminated union puts the chosen variant's tag into the path, as in ("objective", "deit", "alpha").
-    place = [str(part) for part in error["loc"]]
-    if len(place) > 2 and place[0] == "objective":
-        del place[1]
-    path = ".".join(place)
     where = _origin(path, origins)
     if error["type"] == "unexpected_keyword_argument":
         return f"{where}: {path}: unknown key{_nearest_path(path)}"

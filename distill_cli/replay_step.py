@@ -66,6 +66,7 @@ def replay_step(file: Path, runtime: RuntimeConfig, world: World, report: Report
     report.stage(f"step {record['step']}: {len(record['sample_ids'])} samples, views {record['views']}")
     step, ranks, config = record["step"] - 1, record["ranks"], setup.recipe.train
     setup.objective.train()
+    setup.objective.go_to(step / setup.steps)
     if config.freeze_bn:
         freeze_batch_norm(setup.objective.student)
     setup.optimizer.zero_grad(set_to_none=True)

@@ -203,7 +203,7 @@ def _systematic(mass: Tensor, draws: int, uniform: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def soften(rows: SparseLogits, num_classes: int, temperature: float = 1.0) -> SparseTarget:
+def soften(rows: SparseLogits, num_classes: int, temperature: float | Tensor = 1.0) -> SparseTarget:
     """The distribution p^(1/T) / sum p^(1/T), the tail taken as uniform before the temperature.
 
     Args:
@@ -221,14 +221,14 @@ def soften(rows: SparseLogits, num_classes: int, temperature: float = 1.0) -> Sp
     return SparseTarget(rows.class_id, prob, tail.squeeze(-1), num_classes)
 
 
-def cross_entropy(logits: Tensor, target: SparseTarget, temperature: float = 1.0) -> Tensor:
+def cross_entropy(logits: Tensor, target: SparseTarget, temperature: float | Tensor = 1.0) -> Tensor:
     """-sum_c p_c log q_c with q = softmax(logits / T), never densified; `[batch]`.
 
     Args:
         logits: `[batch, classes]`; half precisions are taken in float32.
     """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    logits = logits if temperature == 1 else logits / temperature
+    logits = logits if not isinstance(temperature, Tensor) and temperature == 1 else logits / temperature
     log_norm = logits.logsumexp(dim=-1)
     log_q = logits.gather(-1, target.class_id) - log_norm.unsqueeze(-1)
     log_q_sum = logits.sum(dim=-1) - target.num_classes * log_norm

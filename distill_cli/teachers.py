@@ -26,6 +26,8 @@ class TeacherConfig:
     """The class count that is expected; what the weights say decides."""
     kwargs: dict[str, Any] | None = None
     """Further arguments of the timm constructor."""
+    live: bool = False
+    """`--live`: in training it looks at every batch, in place of a store."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,11 @@ class Frozen:
         return self.card.input if self.card else input_config(self.model, image_size)
 
 
-def load_frozen(config: TeacherConfig, flag: str = "--teacher") -> Frozen:
+def load_frozen(config: TeacherConfig, flag: str = "--teacher", pretrained: str = "--pretrained") -> Frozen:
     """Load a trained model: a run, a weights file for a timm architecture, or timm's pretrained weights.
+
+    Args:
+        flag, pretrained: what the command calls the fields of `config`.
 
     Raises:
         UsageError: nothing, or nothing trained, is named: a random head never teaches.
@@ -65,7 +70,7 @@ def load_frozen(config: TeacherConfig, flag: str = "--teacher") -> Frozen:
         timm_name(config.name)
         raise UsageError(
             f"{flag} {config.name}: has no weights, and an untrained head cannot teach; "
-            f"give {'--weights' if flag == '--model' else '--teacher-weights'} FILE or --pretrained, or a run directory"
+            f"give {'--weights' if flag == '--model' else '--teacher-weights'} FILE or {pretrained}, or a run directory"
         )
     full = timm_name(config.name)
     known = timm.get_pretrained_cfg(full)

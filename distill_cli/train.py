@@ -236,6 +236,7 @@ def _step(
     model.train()
     if config.freeze_bn:
         freeze_batch_norm(objective.student)
+    objective.go_to(step / setup.steps)
     setup.optimizer.zero_grad(set_to_none=True)
     losses = backward(model, batch, config.accumulate, world, config.precision)
     grad_norm = clip_gradients(objective, config)

@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from distill_cli.checkpoint import checkpoint_path, checkpoints, load_checkpoint, snapshot
 from distill_cli.ema import build_ema
 from distill_cli.errors import DamagedError
+from distill_cli.objectives import Setting
 from distill_cli.objectives.supervised import Supervised, SupervisedConfig
 from distill_cli.optim import OPTIMIZERS, TrainConfig, build_optimizer
 
@@ -81,7 +82,7 @@ def test_a_continued_training_is_the_same_bitwise(tmp_path: Path, make: MakeOpti
 def test_whatever_optimizer_timm_has_continues_bitwise(tmp_path: Path, name: str) -> None:
     def make(model: nn.Module) -> Optimizer:
         config = TrainConfig(opt=name, lr=0.01)
-        return build_optimizer(Supervised(model, SupervisedConfig()), config)
+        return build_optimizer(Supervised(model, SupervisedConfig(), Setting(28)), config)
 
     test_a_continued_training_is_the_same_bitwise(tmp_path, make)
 

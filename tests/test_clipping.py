@@ -7,6 +7,7 @@ from timm.utils import adaptive_clip_grad
 from torch import Tensor, nn
 
 from distill_cli.clipping import clip_gradients
+from distill_cli.objectives import Setting
 from distill_cli.objectives.supervised import Supervised, SupervisedConfig
 from distill_cli.optim import TrainConfig
 
@@ -23,7 +24,7 @@ def trained(name: str = "deit_tiny_distilled_patch16_224", scale: float = 100.0)
 
 def clip(student: nn.Module, mode: str, bound: float) -> Tensor:
     config = TrainConfig(lr=1e-3, clip_mode=mode, clip_grad=bound)  # type: ignore[arg-type]
-    return clip_gradients(Supervised(student, SupervisedConfig()), config)
+    return clip_gradients(Supervised(student, SupervisedConfig(), Setting(28)), config)
 
 
 def gradients(student: nn.Module) -> dict[str, Tensor]:

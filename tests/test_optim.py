@@ -9,6 +9,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from distill_cli.errors import UsageError
+from distill_cli.objectives import Setting
 from distill_cli.objectives.supervised import Supervised, SupervisedConfig
 from distill_cli.optim import OPTIMIZERS, TrainConfig, build_optimizer, optimizer_settings, parameter_groups, settle
 from distill_cli.recipe import load
@@ -17,7 +18,7 @@ CONFIG = TrainConfig(lr=1e-3)
 
 
 def around(student: nn.Module) -> Supervised:
-    return Supervised(student, SupervisedConfig())
+    return Supervised(student, SupervisedConfig(), Setting(28))
 
 
 def groups(student: nn.Module) -> tuple[set[str], set[str]]:

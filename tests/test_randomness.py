@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from distill_cli.randomness import derive, preserved, seed_everything
+from distill_cli.randomness import derive, preserved, seed_everything, uniforms
 
 PARTS = st.lists(st.integers(0, 2**64 - 1), max_size=4)
 
@@ -67,3 +67,19 @@ def test_generators_are_as_they_were_after_draws_and_errors(error: type[Exceptio
         except KeyError:
             pass
         assert _draw() == expected
+
+
+def test_uniforms_are_splitmix64() -> None:
+    """Its first numbers of seed 0 are published with the algorithm."""
+    words = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    found = uniforms([0], 3, torch.device("cpu"))
+    assert found.tolist() == [[(word >> 40) / 2**24 for word in words]]
+
+
+def test_uniforms_depend_on_their_seed_alone() -> None:
+    alone, among = (uniforms(seeds, 5, torch.device("cpu")) for seeds in ([7], [3, 7, 2**63 - 1]))
+    assert torch.equal(alone[0], among[1])
+    many = uniforms(range(1000), 1000, torch.device("cpu"))
+    assert 0 <= many.min() < many.max() < 1
+    assert abs(many.mean() - 0.5) < 2e-3
+    assert abs(many.var() - 1 / 12) < 1e-3

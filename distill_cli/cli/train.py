@@ -20,12 +20,20 @@ def command(
         str | None,
         typer.Option("--init-from", metavar="RUN|FILE", help="Start from the weights of a finished run, or of a file."),
     ] = None,
+    teacher: options.Teacher = None,
+    teacher_weights: options.TeacherWeights = None,
+    teacher_pretrained: Annotated[
+        bool, typer.Option("--teacher-pretrained", help="Take timm's own weights for the teacher.")
+    ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Let the teacher look at every batch, in place of a store.")
+    ] = False,
     store: options.StorePath = None,
     trust: options.Trust = False,
     data: options.Data = None,
     cache: options.Cache = None,
     objective: Annotated[
-        str | None, typer.Option("--objective", metavar="NAME", help="supervised, tinyvit or deit.")
+        str | None, typer.Option("--objective", metavar="NAME", help="supervised, tinyvit, fkd, deit, tinymim, features or dmae.")
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.")] = None,
     batch_size: options.BatchSize = None,
@@ -69,6 +77,10 @@ def command(
             ("--student", "student.name", student),
             ("--pretrained", "student.pretrained", pretrained),
             ("--init-from", "train.init_from", init_from),
+            ("--teacher", "teacher.name", teacher),
+            ("--teacher-weights", "teacher.weights", teacher_weights),
+            ("--teacher-pretrained", "teacher.pretrained", teacher_pretrained),
+            ("--live", "teacher.live", live),
             ("--store", "store.path", store),
             ("--trust", "store.trust", trust),
             ("--data", "data.path", data),

@@ -76,6 +76,8 @@ class Batch:
     """None where no images are mixed."""
     content_crc: Mapping[int, int] = field(default_factory=dict)
     """Sample id -> CRC-32 of what its image was decoded from, where they were asked for."""
+    view_of: NDArray[np.int64] | None = None
+    """int64 `[batch]`, of a part of a batch: see `each_view`."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -98,6 +100,13 @@ class Batch:
     def view(self) -> int:
         """The only one, or the first of several."""
         return self.views[0]
+
+    @property
+    def each_view(self) -> NDArray[np.int64]:
+        """By which view each sample is seen: int64 `[batch]`."""
+        if self.view_of is not None:
+            return self.view_of
+        return np.repeat(np.array(self.views), len(self) // len(self.views))
 
     @property
     def larger_labels(self) -> Tensor:

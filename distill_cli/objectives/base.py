@@ -1,14 +1,18 @@
 """What an objective is: a module whose `forward(batch)` gives the losses, and whose `after_step` may follow a step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from distill_cli.config import Colour, section
 from distill_cli.data.loader import Batch
+from distill_cli.live_teacher import LiveTeacher
+from distill_cli.objectives.ramps import Weight
 from distill_cli.sparse import SparseLogits
 
 
@@ -22,22 +26,82 @@ class Losses:
     """What else a curve is made of, by name, means over the batch: see `beside_teacher`."""
 
 
+Outputs = Tensor | tuple[Tensor, Tensor]
+"""What a student gives in training: logits `[batch, classes]`, or those of its class and of its distillation token."""
+Need = Literal["labels", "logits", "teacher"]
+
+
+@section
+class TermConfig:
+    """What the settings of every objective have."""
+
+    weight: Weight = 1.0
+    """Of this objective in a sum of `terms`."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an objective works in, besides its student."""
+
+    image_size: int
+    """Of the student, in pixels."""
+    mean: Colour = IMAGENET_DEFAULT_MEAN
+    std: Colour = IMAGENET_DEFAULT_STD
+    """By which the student's images are normalised."""
+    seed: int = 0
+    teacher: LiveTeacher | None = None
+    """Where the objective needs one, or where there is no store to give its logits."""
+
+
 class Objective(nn.Module):
-    """Owns the student, its heads and, where it needs one live, the frozen teacher; DDP wraps the objective.
+    """Owns the student and its heads, and knows the frozen teacher, where it needs one live; DDP wraps the objective.
+
+    Most objectives are their `losses`: functions of what one pass of the student gives, so that several can share it
+    (see `terms`). One that sees the student otherwise has a `forward` of its own, and says so in `own_forward`.
 
     Losses are means over the batch unless the docstring says otherwise.
     """
 
-    needs: ClassVar[frozenset[Literal["labels", "logits"]]] = frozenset()
-    """What a batch must bring: `labels`, `logits` (rows of a store)."""
+    needs: frozenset[Need] = frozenset()
+    """What it learns from: `labels`; `logits`, rows of a store or of a live teacher; `teacher`, more of a live one."""
+    takes_any: ClassVar[bool] = False
+    """Whether any student will do."""
+    own_forward: ClassVar[bool] = False
+    partial: bool = False
+    """Whether it may leave some of the student's parameters without a gradient; they are then not trained at all."""
 
-    def __init__(self, student: nn.Module) -> None:
+    progress: Tensor
+    """Of the run, 0 to 1, without dimensions: what ramps depend on."""
+
+    def __init__(self, student: nn.Module, setting: Setting) -> None:
         super().__init__()
         self.student = student
+        self.setting = setting
+        self.register_buffer("progress", torch.zeros(()), persistent=False)
 
     def forward(self, batch: Batch) -> Losses:
         """The losses of one batch of this rank."""
+        return self.losses(self.student(batch.images), self.taught(batch))
+
+    def losses(self, outputs: Outputs, batch: Batch) -> Losses:
+        """The losses of a batch of which the student has given `outputs`."""
         raise NotImplementedError
+
+    def taught(self, batch: Batch) -> Batch:
+        """The batch with the teacher's rows, where the objective needs some: a store's, else the live teacher's."""
+        if batch.teacher is not None or "logits" not in self.needs:
+            return batch
+        return replace(batch, teacher=self.teacher.rows(batch.images))
+
+    @property
+    def teacher(self) -> LiveTeacher:
+        """The live one; an objective that asks for it says `teacher` in its `needs`."""
+        assert self.setting.teacher is not None
+        return self.setting.teacher
+
+    def go_to(self, progress: float) -> None:
+        """Called before each step with the progress of the run, 0 to 1."""
+        self.progress.fill_(progress)
 
     def after_step(self, step: int) -> None:
         """Called after each optimiser step, for what moves without a gradient."""
@@ -45,6 +109,11 @@ class Objective(nn.Module):
     def __call__(self, batch: Batch, *args: Any, **kwargs: Any) -> Losses:
         losses: Losses = super().__call__(batch, *args, **kwargs)
         return losses
+
+
+def as_evaluated(outputs: Outputs) -> Tensor:
+    """A student's logits as it is evaluated: with a distillation token, the mean of its two heads."""
+    return outputs if isinstance(outputs, Tensor) else (outputs[0] + outputs[1]) / 2
 
 
 def label_cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:

@@ -5,20 +5,31 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_cli.config import Fraction, PositiveFloat, section
+from distill_cli.config import Fraction, section
 from distill_cli.data.loader import Batch
 from distill_cli.errors import UsageError
-from distill_cli.objectives.base import Losses, Objective, beside_teacher, label_cross_entropy, teacher_rows
+from distill_cli.objectives.base import (
+    Losses,
+    Objective,
+    Outputs,
+    Setting,
+    TermConfig,
+    as_evaluated,
+    beside_teacher,
+    label_cross_entropy,
+    teacher_rows,
+)
+from distill_cli.objectives.ramps import Temperature, at
 from distill_cli.sparse import SparseLogits, cross_entropy, entropy, soften
 
 
 @section
-class DeiTConfig:
+class DeiTConfig(TermConfig):
     name: Literal["deit"] = "deit"
     distillation: Literal["hard", "soft"] = "hard"
     alpha: Fraction = 0.5
     """Weight of the distillation part; the label part has 1 - alpha."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """`soft`: applied to both sides; that part is multiplied by its square."""
     reduction: Literal["batchmean", "numel"] = "batchmean"
     """`soft`: divide the summed KL by the batch, or by batch x classes as DeiT's code does."""
@@ -41,12 +52,12 @@ class DeiT(Objective):
 
     needs = frozenset({"labels", "logits"})
 
-    def __init__(self, student: nn.Module, config: DeiTConfig) -> None:
+    def __init__(self, student: nn.Module, config: DeiTConfig, setting: Setting) -> None:
         """
         Raises:
             UsageError: the student has no distillation token or head.
         """
-        super().__init__(student)
+        super().__init__(student, setting)
         self.config = config
         set_distilled_training = getattr(student, "set_distilled_training", None)
         if set_distilled_training is None:
@@ -56,18 +67,19 @@ class DeiT(Objective):
             )
         set_distilled_training(True)
 
-    def forward(self, batch: Batch) -> Losses:
-        class_logits, token_logits = self.student(batch.images)
+    def losses(self, outputs: Outputs, batch: Batch) -> Losses:
+        class_logits, token_logits = outputs
         label = label_cross_entropy(class_logits, batch, self.config.label_smoothing)
         distill = self.distillation(token_logits, teacher_rows(batch))
         total = (1 - self.config.alpha) * label + self.config.alpha * distill
-        seen = beside_teacher((class_logits + token_logits) / 2, batch)
+        seen = beside_teacher(as_evaluated(outputs), batch)
         return Losses(total, {"label": label.detach(), "distill": distill.detach()}, seen)
 
     def distillation(self, token_logits: Tensor, teacher: SparseLogits) -> Tensor:
         if self.config.distillation == "hard":
             return hard_distillation(token_logits, teacher)
-        return soft_distillation(token_logits, teacher, self.config.temperature, self.config.reduction)
+        temperature = at(self.config.temperature, self.progress)
+        return soft_distillation(token_logits, teacher, temperature, self.config.reduction)
 
 
 def hard_distillation(token_logits: Tensor, teacher: SparseLogits) -> Tensor:
@@ -76,7 +88,7 @@ def hard_distillation(token_logits: Tensor, teacher: SparseLogits) -> Tensor:
 
 
 def soft_distillation(
-    token_logits: Tensor, teacher: SparseLogits, temperature: float, reduction: str = "batchmean"
+    token_logits: Tensor, teacher: SparseLogits, temperature: float | Tensor, reduction: str = "batchmean"
 ) -> Tensor:
     """Eq. 2: T^2 KL(teacher || student), both at temperature T, the teacher's tail spread uniformly."""
     num_classes = token_logits.shape[-1]

@@ -6,11 +6,20 @@ from torch import nn
 
 from distill_cli.config import Fraction, section
 from distill_cli.data.loader import Batch
-from distill_cli.objectives.base import Losses, Objective, beside_teacher, label_cross_entropy
+from distill_cli.objectives.base import (
+    Losses,
+    Objective,
+    Outputs,
+    Setting,
+    TermConfig,
+    as_evaluated,
+    beside_teacher,
+    label_cross_entropy,
+)
 
 
 @section
-class SupervisedConfig:
+class SupervisedConfig(TermConfig):
     name: Literal["supervised"] = "supervised"
     label_smoothing: Fraction = 0.1
 
@@ -24,12 +33,13 @@ class Supervised(Objective):
     """
 
     needs = frozenset({"labels"})
+    takes_any = True
 
-    def __init__(self, student: nn.Module, config: SupervisedConfig) -> None:
-        super().__init__(student)
+    def __init__(self, student: nn.Module, config: SupervisedConfig, setting: Setting) -> None:
+        super().__init__(student, setting)
         self.config = config
 
-    def forward(self, batch: Batch) -> Losses:
-        logits = self.student(batch.images)
+    def losses(self, outputs: Outputs, batch: Batch) -> Losses:
+        logits = as_evaluated(outputs)
         loss = label_cross_entropy(logits, batch, self.config.label_smoothing)
         return Losses(loss, {"label": loss.detach()}, beside_teacher(logits, batch))

@@ -4,16 +4,26 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from distill_cli.config import PositiveFloat, section
+from distill_cli.config import section
 from distill_cli.data.loader import Batch
-from distill_cli.objectives.base import Losses, Objective, beside_teacher, teacher_rows
+from distill_cli.objectives.base import (
+    Losses,
+    Objective,
+    Outputs,
+    Setting,
+    TermConfig,
+    as_evaluated,
+    beside_teacher,
+    teacher_rows,
+)
+from distill_cli.objectives.ramps import Temperature, at
 from distill_cli.sparse import SparseLogits, cross_entropy, soften
 
 
 @section
-class TinyViTConfig:
+class TinyViTConfig(TermConfig):
     name: Literal["tinyvit"] = "tinyvit"
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Applied to both sides; the loss is multiplied by its square."""
 
 
@@ -32,18 +42,19 @@ class TinyViT(Objective):
     """
 
     needs = frozenset({"logits"})
+    takes_any = True
 
-    def __init__(self, student: nn.Module, config: TinyViTConfig) -> None:
-        super().__init__(student)
+    def __init__(self, student: nn.Module, config: TinyViTConfig, setting: Setting) -> None:
+        super().__init__(student, setting)
         self.config = config
 
-    def forward(self, batch: Batch) -> Losses:
-        logits = self.student(batch.images)
-        loss = soft_cross_entropy(logits, teacher_rows(batch), self.config.temperature)
+    def losses(self, outputs: Outputs, batch: Batch) -> Losses:
+        logits = as_evaluated(outputs)
+        loss = soft_cross_entropy(logits, teacher_rows(batch), at(self.config.temperature, self.progress))
         return Losses(loss, {"distill": loss.detach()}, beside_teacher(logits, batch))
 
 
-def soft_cross_entropy(logits: Tensor, teacher: SparseLogits, temperature: float = 1.0) -> Tensor:
+def soft_cross_entropy(logits: Tensor, teacher: SparseLogits, temperature: float | Tensor = 1.0) -> Tensor:
     """T^2 times the mean over the batch of -sum_c p_c log q_c, both sides at temperature T.
 
     Args:

@@ -83,8 +83,10 @@ def test_a_wrong_command_line(arguments: list[str], said: str, distill: Cli) -> 
         (["--data", "wds:shards/{0..9}.tar"], "shards/0.tar: no such file or directory; give the tars that there are"),
         (["--data", "/nowhere"], "--data /nowhere: no such folder or file; give a folder of images"),
         (["--data", __file__], f"--data {__file__}: is a file; give a folder of images"),
-        (["--objective", "tinyvit"], "objective tinyvit: learns from a store; give --store, or --objective supervised"),
-        (["--objective", "deit"], "objective deit: ResNet has no distillation token; take a student that has one"),
+        (["--objective", "tinyvit"], "objective tinyvit: learns from a store; give --store, or --teacher with --live"),
+        (["--objective", "deit"], "objective deit: learns from a store; give --store, or --teacher with --live"),
+        (["--live"], "--live: objective supervised learns from no teacher; leave it out"),
+        (["--objective", "deit", "--live"], "--teacher is missing: give a run directory, or a timm name with its"),
         (["--set", "student.img_size=32"], "image size: data.image_size 28, student.img_size 32"),
     ],
 )

@@ -1,6 +1,7 @@
 """What the tests of objectives share: a small student with a distillation token, and batches for it."""
 
 from dataclasses import replace
+from typing import Any
 
 import timm
 import torch
@@ -8,9 +9,13 @@ from dense import some
 from torch import Tensor, nn
 
 from distill_cli.data.loader import Batch, MixedLabels
+from distill_cli.live_teacher import LiveTeacher
+from distill_cli.objectives import Setting
 from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, top_k
+from distill_cli.teachers import Frozen
 
 CLASSES = 5
+SETTING = Setting(28)
 KINDS = ("fixed", "ragged", "sampled", "mixed")
 """Of rows: three classes each; two to four; two and the classes of four draws; three each, of mixed images."""
 
@@ -27,6 +32,16 @@ def make_student(seed: int = 0) -> nn.Module:
         depth=2,
         num_heads=3,
     )
+
+
+def make_live(seed: int = 5, **arguments: Any) -> LiveTeacher:
+    """A ViT that is wider and deeper than the student, without its second token, and normalises by other values."""
+    torch.manual_seed(seed)
+    shape = {"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 3, "num_heads": 4}
+    model = timm.create_model("vit_tiny_patch16_224.augreg_in21k", num_classes=CLASSES, **(shape | arguments))
+    model.eval().requires_grad_(False)
+    frozen = Frozen("teacher", model, weights_sha256="", num_classes=CLASSES, classes=None)
+    return LiveTeacher(frozen, SETTING.mean, SETTING.std, torch.device("cpu"))
 
 
 def make_batch(size: int = 8, seed: int = 1, kind: str = "fixed") -> Batch:

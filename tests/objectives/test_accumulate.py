@@ -1,11 +1,12 @@
 """A batch in parts has the gradient of the whole, on one rank and on two."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from small import make_batch, make_student, part
+from small import SETTING, make_batch, make_student, part
 from torch import Tensor, nn
 
 from distill_cli.accumulate import backward, cut
@@ -28,7 +29,7 @@ def gradients(objective: Objective, model: nn.Module, batch: Batch, parts: int, 
 @pytest.mark.parametrize("case", CONFIGS)
 @pytest.mark.parametrize("parts", [2, 3, 7, 8, 99])
 def test_any_number_of_parts_has_the_gradient_and_the_losses_of_the_whole(case: str, parts: int) -> None:
-    objective, batch = build(CONFIGS[case], make_student()).train(), make_batch(8)
+    objective, batch = build(CONFIGS[case], make_student(), SETTING).train(), make_batch(8)
     whole = gradients(objective, objective, batch, 1, ALONE)
     torch.testing.assert_close(gradients(objective, objective, batch, parts, ALONE), whole, rtol=1e-5, atol=1e-6)
     one, many = (backward(objective, batch, count, ALONE, "fp32") for count in (1, parts))
@@ -37,7 +38,7 @@ def test_any_number_of_parts_has_the_gradient_and_the_losses_of_the_whole(case: 
 
 
 def test_one_part_is_a_plain_backward_pass_bit_for_bit() -> None:
-    objective, batch = build(DeiTConfig(), make_student()).train(), make_batch(8)
+    objective, batch = build(DeiTConfig(), make_student(), SETTING).train(), make_batch(8)
     found = gradients(objective, objective, batch, 1, ALONE)
     objective.zero_grad()
     losses = objective(batch)
@@ -64,11 +65,17 @@ def test_the_parts_together_are_the_batch(kind: str) -> None:
         assert torch.equal(rows, getattr(batch.teacher, name))
 
 
+def test_each_sample_of_a_part_keeps_its_view() -> None:
+    batch = replace(make_batch(6), views=(3, 5))
+    assert batch.each_view.tolist() == [3, 3, 3, 5, 5, 5]
+    assert [view for piece in cut(batch, 4) for view in piece.each_view] == [3, 3, 3, 5, 5, 5]
+
+
 def work_as_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     world = World(torch.device("cpu"), rank, 2)
-    objective = build(DeiTConfig(), make_student()).train()
+    objective = build(DeiTConfig(), make_student(), SETTING).train()
     model = world.wrap(objective)
     reductions = 0
 
@@ -92,7 +99,7 @@ def work_as_rank(rank: int, folder: str) -> None:
 def test_two_ranks_add_up_once_and_have_the_gradient_of_one_process(tmp_path: Path) -> None:
     method = "spawn" if torch.cuda.is_available() else "fork"
     torch.multiprocessing.start_processes(work_as_rank, (str(tmp_path),), nprocs=2, start_method=method)
-    objective = build(DeiTConfig(), make_student()).train()
+    objective = build(DeiTConfig(), make_student(), SETTING).train()
     alone = gradients(objective, objective, make_batch(8), 1, ALONE)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"rank{rank}.pt")

@@ -7,31 +7,43 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from small import CLASSES, KINDS, make_batch, make_student, part
+from small import CLASSES, KINDS, SETTING, make_batch, make_live, make_student, part
 from torch import Tensor
 
 from distill_cli.accumulate import backward
 from distill_cli.data.loader import Batch
 from distill_cli.distributed import World
-from distill_cli.objectives import OBJECTIVES, Objective, ObjectiveConfig, build
+from distill_cli.objectives import OBJECTIVES, Objective, ObjectiveConfig, TermsConfig, build, needs_of, singles
 from distill_cli.objectives.deit import DeiTConfig
+from distill_cli.objectives.ramps import PositiveRamp
 from distill_cli.objectives.supervised import SupervisedConfig
 from distill_cli.objectives.tinyvit import TinyViTConfig
+from distill_cli.report import Report
 from distill_cli.sparse import SparseLogits, top_k
+from distill_cli.teaching import leave_out
 
 CASES: dict[str, ObjectiveConfig] = {
     "supervised": SupervisedConfig(),
     "tinyvit": TinyViTConfig(temperature=2.0),
     "deit": DeiTConfig(),
     "deit-soft": DeiTConfig(distillation="soft", temperature=2.0),
+    "terms": TermsConfig(
+        terms={"deit": DeiTConfig(), "soft": TinyViTConfig(weight=0.5, temperature=PositiveRamp(start=4.0, end=1.0))}
+    ),
 }
+PARTIAL = [case for case, config in CASES.items() if all(OBJECTIVES[each.name].partial for each in singles(config))]
+"""Those that train without the student's classifier, and say nothing of its logits."""
 every_objective = pytest.mark.parametrize("case", CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def make(case: str, seed: int = 0) -> Objective:
-    """The objective around a fresh student, in training."""
-    return build(CASES[case], make_student(seed)).train()
+    """The objective around a fresh student, in training, beside a live teacher where it needs one."""
+    config = CASES[case]
+    setting = replace(SETTING, teacher=make_live()) if "teacher" in needs_of(config) else SETTING
+    objective = build(config, make_student(seed), setting).train()
+    leave_out(objective, Report(quiet=True))
+    return objective
 
 
 def gradients(objective: Objective, *batches: Batch) -> dict[str, Tensor]:
@@ -55,7 +67,7 @@ def with_rows(batch: Batch, logits: Tensor) -> Batch:
 
 
 def test_every_objective_is_a_case() -> None:
-    assert {config.name for config in CASES.values()} == set(OBJECTIVES)
+    assert {config.name for config in CASES.values()} == {*OBJECTIVES, "terms"}
 
 
 @every_objective
@@ -75,6 +87,9 @@ def test_where_there_are_rows_it_says_how_the_student_stands_to_them(case: str, 
     objective, batch = make(case), make_batch(kind=kind)
     assert batch.teacher is not None
     seen = objective(batch).seen
+    if case in PARTIAL:
+        assert seen == {}
+        return
     student = objective.student.eval()(batch.images)
     assert seen["agreement"] == (student.argmax(1) == batch.teacher.class_id[:, 0]).float().mean()
     entries = torch.arange(batch.teacher.class_id.shape[1]) < batch.teacher.counts[:, None]
@@ -94,7 +109,7 @@ def test_a_gradient_reaches_everything_that_is_trained_and_nothing_else(case: st
     objective(make_batch(kind=kind)).total.backward()
     reached = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
     assert reached == {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
-    assert reached >= {f"student.{name}" for name, _ in objective.student.named_parameters()}
+    assert case in PARTIAL or reached >= {f"student.{name}" for name, _ in objective.student.named_parameters()}
     assert all(objective.get_parameter(name).grad.any() for name in reached)
 
 
@@ -109,9 +124,21 @@ def test_no_gradient_reaches_the_teacher(case: str, kind: str) -> None:
         batch.teacher.log_tail.requires_grad_(),
         batch.teacher.count,
     )
-    make(case)(replace(batch, teacher=rows)).total.backward()
+    objective = make(case)
+    objective(replace(batch, teacher=rows)).total.backward()
     assert rows.log_prob.grad is None
     assert rows.log_tail.grad is None
+    live = objective.setting.teacher
+    assert live is None or all(parameter.grad is None for parameter in live.model.parameters())
+
+
+@every_objective
+def test_the_live_teacher_is_no_part_of_it(case: str) -> None:
+    """… so that no optimiser, checkpoint or DDP holds it."""
+    objective = make(case)
+    if objective.setting.teacher is not None:
+        theirs = {id(each) for each in objective.setting.teacher.model.parameters()}
+        assert theirs.isdisjoint(id(each) for each in objective.parameters())
 
 
 @every_objective
@@ -129,7 +156,7 @@ def test_what_is_said_of_accumulated_parts_are_the_means_of_the_batch(case: str,
     objective, batch, world = make(case), make_batch(kind=kind), World(torch.device("cpu"))
     whole, cut = (backward(objective, batch, parts, world, "fp32") for parts in (1, 3))
     assert cut.parts.keys() == whole.parts.keys()
-    assert cut.seen.keys() == whole.seen.keys() == {"agreement", "mass"}
+    assert cut.seen.keys() == whole.seen.keys() == (set() if case in PARTIAL else {"agreement", "mass"})
     for name, value in {"total": whole.total, **whole.parts, **whole.seen}.items():
         torch.testing.assert_close({"total": cut.total, **cut.parts, **cut.seen}[name], value, rtol=1e-5, atol=1e-6)
 
@@ -153,7 +180,7 @@ def test_of_mixed_images_it_learns_from_both_labels_or_from_none(case: str) -> N
     assert learns == ("labels" in objective.needs)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "labels" in OBJECTIVES[CASES[case].name].needs])
+@pytest.mark.parametrize("case", [case for case in CASES if "labels" in needs_of(CASES[case])])
 def test_a_partner_without_a_label_fails_loudly(case: str) -> None:
     objective, batch = make(case), make_batch(kind="mixed")
     assert batch.mixed is not None
@@ -180,7 +207,7 @@ def test_its_state_is_all_there_is_of_it(case: str) -> None:
     assert torch.equal(one(batch).total, other(batch).total)
 
 
-NEEDS = [(case, need) for case, config in CASES.items() for need in sorted(OBJECTIVES[config.name].needs)]
+NEEDS = [(case, need) for case, config in CASES.items() for need in sorted(needs_of(config))]
 
 
 @pytest.mark.parametrize(("case", "need"), NEEDS)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from dense import Example, examples
 from hypothesis import given
-from small import make_batch, make_student
+from small import SETTING, make_batch, make_student
 
 from distill_cli.errors import UsageError
 from distill_cli.objectives.deit import DeiT, DeiTConfig, hard_distillation, soft_distillation
@@ -60,7 +60,7 @@ def test_it_is_a_mean_over_the_batch_however_it_is_split() -> None:
 
 
 def test_the_total_weighs_labels_on_the_class_token_and_teacher_on_the_other() -> None:
-    objective = DeiT(make_student(), DeiTConfig(alpha=0.3, label_smoothing=0.2)).train()
+    objective = DeiT(make_student(), DeiTConfig(alpha=0.3, label_smoothing=0.2), SETTING).train()
     batch = make_batch()
     assert batch.teacher is not None
     class_logits, token_logits = objective.student(batch.images)
@@ -71,7 +71,7 @@ def test_the_total_weighs_labels_on_the_class_token_and_teacher_on_the_other() -
 
 @pytest.mark.parametrize(("alpha", "still"), [(0.0, "head_dist"), (1.0, "head")])
 def test_each_head_learns_from_its_own_part(alpha: float, still: str) -> None:
-    objective = DeiT(make_student(), DeiTConfig(alpha=alpha)).train()
+    objective = DeiT(make_student(), DeiTConfig(alpha=alpha), SETTING).train()
     objective(make_batch()).total.backward()
     moved = {name for name in ("head", "head_dist") if objective.student.get_submodule(name).weight.grad.any()}
     assert moved == {"head", "head_dist"} - {still}
@@ -80,7 +80,7 @@ def test_each_head_learns_from_its_own_part(alpha: float, still: str) -> None:
 def test_only_the_label_part_is_smoothed() -> None:
     student = make_student()
     plain, smooth = (
-        DeiT(student, DeiTConfig(label_smoothing=value)).train()(make_batch()).parts for value in (0.0, 0.5)
+        DeiT(student, DeiTConfig(label_smoothing=value), SETTING).train()(make_batch()).parts for value in (0.0, 0.5)
     )
     assert torch.equal(plain["distill"], smooth["distill"])
     assert not torch.equal(plain["label"], smooth["label"])
@@ -89,11 +89,11 @@ def test_only_the_label_part_is_smoothed() -> None:
 def test_the_temperature_is_of_the_soft_part_alone() -> None:
     student, rows = make_student(), SparseLogits(*vars(make_batch().teacher).values())
     token_logits = torch.randn(8, 5)
-    hard, soft = (DeiT(student, DeiTConfig(distillation=name, temperature=3.0)) for name in ("hard", "soft"))
+    hard, soft = (DeiT(student, DeiTConfig(distillation=name, temperature=3.0), SETTING) for name in ("hard", "soft"))
     assert torch.equal(hard.distillation(token_logits, rows), hard_distillation(token_logits, rows))
     assert torch.equal(soft.distillation(token_logits, rows), soft_distillation(token_logits, rows, 3.0))
 
 
 def test_a_student_without_a_token_is_refused() -> None:
     with pytest.raises(UsageError, match=r"ResNet has no distillation token; .*deit-tiny.*--objective tinyvit"):
-        DeiT(timm.create_model("resnet18", layers=[1, 1, 1, 1], channels=[8, 8, 8, 8]), DeiTConfig())
+        DeiT(timm.create_model("resnet18", layers=[1, 1, 1, 1], channels=[8, 8, 8, 8]), DeiTConfig(), SETTING)

@@ -1,0 +1,92 @@
+"""A teacher beside the student: what it sees, how often it looks, and how far."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from distill_cli.errors import UsageError
+from distill_cli.live_teacher import LiveTeacher
+from distill_cli.students.taps import Enough, Taps
+from distill_cli.teachers import Frozen
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Counting(nn.Module):
+    """A model whose layers count how often they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 7)
+        self.done: list[str] = []
+        for name, module in self.named_children():
+            module.register_forward_hook(lambda *_, name=name: self.done.append(name))
+        self.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.second(self.first(images)).mean((2, 3)))
+
+
+def make(model: nn.Module) -> LiveTeacher:
+    return LiveTeacher(Frozen("t", model.eval(), "", 7, None), MEAN, STD, torch.device("cpu"))
+
+
+def test_it_sees_the_same_pixels_by_its_own_normalisation_and_size() -> None:
+    pixels = torch.rand(2, 3, 8, 8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    teacher = make(Counting())
+    torch.testing.assert_close(teacher.normalised((pixels - mean) / std), (pixels - 0.5) / 0.25)
+    assert teacher.normalised(torch.rand(2, 3, 12, 12)).shape == (2, 3, 8, 8)
+
+
+def test_it_looks_once_at_a_batch_however_many_ask() -> None:
+    model = Counting()
+    teacher = make(model)
+    teacher.tap("first")
+    teacher.ask_logits()
+    images = torch.rand(2, 3, 8, 8)
+    rows, inside = teacher.rows(images), teacher.inside(images)
+    assert model.done == ["first", "second", "head"]
+    torch.testing.assert_close(rows.log_prob[:, 0], model(teacher.normalised(images)).log_softmax(-1).amax(-1))
+    torch.testing.assert_close(inside["first"], model.first(teacher.normalised(images)))
+    teacher.inside(images.clone())
+    assert model.done.count("head") == 3
+
+
+def test_it_looks_no_further_than_it_is_asked() -> None:
+    model = Counting()
+    teacher = make(model)
+    teacher.tap("second:input")
+    assert teacher.inside(torch.rand(2, 3, 8, 8)).keys() == {"second:input"}
+    assert model.done == ["first"]
+
+
+def test_nothing_of_it_has_a_gradient() -> None:
+    teacher = make(Counting())
+    teacher.tap("first")
+    assert not teacher.inside(torch.rand(1, 3, 8, 8, requires_grad=True))["first"].requires_grad
+
+
+def test_a_layer_that_it_has_not_is_named_with_the_nearest() -> None:
+    model = timm.create_model("test_vit")
+    with pytest.raises(UsageError, match=r"blocks\.77: VisionTransformer has no such layer; did you mean blocks"):
+        make(model).tap("blocks.77")
+
+
+def test_taps_give_inputs_and_outputs_once() -> None:
+    model = Counting()
+    taps = Taps(model, ["second", "head:input"])
+    model(torch.rand(2, 3, 8, 8))
+    found = taps.take()
+    torch.testing.assert_close(found["head:input"], found["second"].mean((2, 3)))
+    assert not taps.take()
+
+
+def test_a_tapped_model_can_stop_early() -> None:
+    model = Counting()
+    taps = Taps(model, ["first"], stop=True)
+    with pytest.raises(Enough):
+        model(torch.rand(2, 3, 8, 8))
+    assert model.done == ["first"]
+    assert taps.take().keys() == {"first"}
