@@ -33,7 +33,8 @@ def command(
     data: options.Data = None,
     cache: options.Cache = None,
     objective: Annotated[
-        str | None, typer.Option("--objective", metavar="NAME", help="supervised, tinyvit, fkd, deit, tinymim, features or dmae.")
+        str | None,
+        typer.Option("--objective", metavar="NAME", help="supervised, tinyvit, fkd, deit, tinymim, features or dmae."),
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.")] = None,
     batch_size: options.BatchSize = None,
