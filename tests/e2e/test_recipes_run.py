@@ -19,6 +19,8 @@ SMALL = {
     "tinyvit-21m-384": (TINYVIT,),
     "deit-small-in1k": SMALL_DEIT,
     "deit-small-in1k-wds": SMALL_DEIT,
+    "fashion-teacher": (),
+    "fashion-scratch": (),
     "quickstart-teacher": (),
     "quickstart-student": (),
 }
@@ -28,6 +30,7 @@ def test_the_list_is_all_that_is_shipped():
     assert SMALL.keys() == recipes().keys()
 
 
+FROM_LABELS = ("fashion-teacher", "fashion-scratch", "quickstart-teacher")
 FINE_TUNING = ("tinyvit-21m-in22k-to-in1k", "tinyvit-21m-384")
 """From labels, and from the weights of another run."""
 
@@ -63,7 +66,7 @@ def test_recipe(name, teacher, begun, folder, tmp_path):
     if name in FINE_TUNING:
         (tmp_path / "map.txt").write_text("9 8 7 6 5 4 3 2 -1 0")
         rest = ("--init-from", begun, "--set", f"student.class_map={tmp_path / 'map.txt'}")
-    elif name != "quickstart-teacher":
+    elif name not in FROM_LABELS:
         teach = ("--teacher", teacher, "--views", "2", "--top-k", "3", "--precision", "fp32")
         assert run_json("teacher-logits", *common, *teach, "--out", tmp_path / "store")["rows"] == 1200
         rest = ("--store", tmp_path / "store")
