@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ELEMENTS = 2**20
-"""Of a piece: 4 MiB of float32, which a core's cache nearly holds and a GPU fills."""
+ELEMENTS = 2**18
+"""Of a piece: 1 MiB of float32, of which a core's cache holds a few."""
 
 
 def by_rows(loss: Callable[..., Tensor], logits: Tensor, *beside: Any, elements: int = ELEMENTS) -> Tensor:

@@ -41,7 +41,8 @@ def inter(logits: Tensor, target: SparseTarget) -> Tensor:
     others = classes - target.class_id.shape[-1]
     square = (target.prob - 1 / classes).square().sum(dim=-1) + others * (tail - 1 / classes).square()
     norms = square.clamp(min=0).sqrt() * torch.linalg.vector_norm(q, dim=-1)
-    return 1 - shared / (norms + EPSILON)
+    rho: Tensor = shared / (norms + EPSILON)
+    return 1 - rho
 
 
 def intra(logits: Tensor, target: SparseTarget) -> Tensor:
@@ -64,12 +65,11 @@ def intra(logits: Tensor, target: SparseTarget) -> Tensor:
     above = target.prob - target.tail.unsqueeze(-1)
     shared = (tail * q).sum(dim=0) + _by_class(above * q.gather(-1, target.class_id), target)
     square = (
-        tail.square().sum()
-        + _by_class(above * (above + 2 * tail), target)
-        - _by_class(above, target).square() / len(q)
+        tail.square().sum() + _by_class(above * (above + 2 * tail), target) - _by_class(above, target).square() / len(q)
     )
     norms = square.clamp(min=0).sqrt() * torch.linalg.vector_norm(q, dim=0)
-    return 1 - (shared / (norms + EPSILON)).mean()
+    rho: Tensor = (shared / (norms + EPSILON)).mean()
+    return 1 - rho
 
 
 def _by_class(values: Tensor, target: SparseTarget) -> Tensor:

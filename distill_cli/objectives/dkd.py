@@ -57,5 +57,6 @@ def dkd(logits: Tensor, target: SparseTarget, label: Tensor, alpha: float, beta:
     of_tail = torch.xlogy(tail, tail)
     own = (torch.xlogy(target.prob, target.prob) - of_tail.unsqueeze(-1)).masked_fill(is_label, 0)
     own_others = own.sum(dim=-1) + others * of_tail - torch.xlogy(p_others, p_others)
-    nckd = (own_others - crossed) / p_others.clamp(min=torch.finfo(p_others.dtype).tiny)
+    weight = torch.where(p_others > torch.finfo(p_others.dtype).tiny, 1 / p_others, 0)
+    nckd = weight * (own_others - crossed)
     return alpha * tckd + beta * nckd

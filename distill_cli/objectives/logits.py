@@ -85,18 +85,19 @@ class RowLoss:
     config: LogitsConfig
     temperature: float | Tensor
 
-    def __call__(self, logits: Tensor, rows: SparseLogits, *labels: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, rows: SparseLogits, label: Tensor | None = None) -> Tensor:
         """
         Args:
             logits: the student's, `[batch, classes]`; half precisions are taken in float32.
-            labels: of `dkd`, int64 `[batch]`.
+            label: of `dkd`, int64 `[batch]`.
         """
         logits, rows, target = self.at_temperature(logits, rows)
         divergence, bucket = self.config.divergence, self.config.tail == "bucket"
         if isinstance(divergence, JSDConfig):
             return jsd(logits, target)
         if isinstance(divergence, DKDConfig):
-            return dkd(logits, target, *labels, divergence.alpha, divergence.beta)
+            assert label is not None
+            return dkd(logits, target, label, divergence.alpha, divergence.beta)
         if isinstance(divergence, DISTConfig):
             return inter(logits, target)
         crossed = bucket_cross_entropy(logits, rows, target) if bucket else cross_entropy(logits, target)
@@ -138,6 +139,8 @@ def soft_loss(
         return temperature**2 * value.mean()
     value = by_rows(loss, logits, rows).mean()
     if isinstance(divergence, DISTConfig):
-        at_temperature, _, target = loss.at_temperature(logits, rows)
-        value = divergence.inter * value + divergence.intra * intra(at_temperature, target)
+        value = divergence.inter * value
+        if divergence.intra:
+            at_temperature, _, target = loss.at_temperature(logits, rows)
+            value = value + divergence.intra * intra(at_temperature, target)
     return temperature**2 * value

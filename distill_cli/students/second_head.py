@@ -32,8 +32,10 @@ def add_second_head(student: nn.Module, at_evaluation: AtEvaluation, image_size:
         UsageError: the student's logits are not what one linear classifier gives.
     """
     classifier = _classifier(student)
-    if type(classifier) not in (nn.Linear, timm.layers.Linear) or hasattr(student, NAME) or not _is_last(
-        classifier, student, image_size
+    if (
+        type(classifier) not in (nn.Linear, timm.layers.Linear)
+        or hasattr(student, NAME)
+        or not _is_last(classifier, student, image_size)
     ):
         raise UsageError(
             f"{type(student).__name__} has no distillation head, and no single linear classifier for a second beside it"

@@ -34,7 +34,7 @@ CASES: dict[str, ObjectiveConfig] = {
     "tinyvit-standardise": TinyViTConfig(temperature=2.0, standardise=True),
     "tinyvit-jsd": TinyViTConfig(temperature=2.0, divergence=JSDConfig()),
     "tinyvit-dkd": TinyViTConfig(temperature=2.0, divergence=DKDConfig()),
-    "tinyvit-dist-inter": TinyViTConfig(temperature=2.0, divergence=DISTConfig(intra=0)),
+    "tinyvit-dist-inter": TinyViTConfig(divergence=DISTConfig(inter=1, intra=0)),
     "tinyvit-dist": TinyViTConfig(temperature=2.0, divergence=DISTConfig()),
     "fkd": FKDConfig(k=2, temperature=2.0),
     "fkd-hard": FKDConfig(label_type="hard"),
