@@ -6,6 +6,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from distill_cli.objectives import Objective
 from distill_cli.optim import TrainConfig
+from distill_cli.students.second_head import second_head
 
 
 def clip_gradients(objective: Objective, config: TrainConfig) -> Tensor:
@@ -30,4 +31,6 @@ def _classifier(student: nn.Module) -> set[nn.Parameter]:
     """The parameters of a timm model's classifier, or classifiers."""
     found: nn.Module | tuple[nn.Module, ...] = getattr(student, "get_classifier", tuple)()
     heads = found if isinstance(found, tuple) else (found,)
+    second = second_head(student)
+    heads = heads if second is None else (*heads, second)
     return {parameter for head in heads for parameter in head.parameters()}

@@ -182,7 +182,7 @@ def _paths(cls: Any, prefix: str) -> Iterator[str]:
     for item in fields(cls):
         kinds = set(_kinds(item.type))
         path = f"{prefix}{item.name}.{'NAME.' if str in kinds else ''}"
-        inner = [kind for kind in kinds if is_dataclass(kind)]
+        inner = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
         for kind in inner:
             yield from _paths(kind, path)
         if not inner or not kinds.isdisjoint((float, int)):
@@ -250,14 +250,18 @@ def _path(place: Sequence[Any], values: Any) -> str:
 
 def _explain(path: str, error: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """One line for one of pydantic's errors."""
+    if error["type"] == "settings":
+        # Of several settings together, which stand in the table, not under the name of its kind.
+        path = path.rpartition(".")[0]
     where = _origin(path, origins)
+    named = "objective.divergence" if path.endswith(".divergence") else "objective"
     if error["type"] == "unexpected_keyword_argument":
         return f"{where}: {path}: unknown key{_nearest_path(path)}"
     if error["type"] == "union_tag_invalid":
         names = error["ctx"]["expected_tags"].replace("'", "")
-        return f"{where}: objective.name: no such objective, {error['ctx']['tag']!r}; there are {names}"
+        return f"{where}: {named}.name: no such {named.rpartition('.')[2]}, {error['ctx']['tag']!r}; there are {names}"
     if error["type"] == "union_tag_not_found":
-        return f"{where}: objective.name is missing; it decides what the other keys of [objective] mean"
+        return f"{where}: {named}.name is missing; it decides what the other keys of [{named}] mean"
     if error["type"] == "unknown_name":
         return f"{where}: {path}: {error['msg']}"
     found = "" if isinstance(error["input"], Mapping) else f", not {error['input']!r}"

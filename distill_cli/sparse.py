@@ -208,12 +208,13 @@ def soften(rows: SparseLogits, num_classes: int, temperature: float | Tensor = 1
 
     Args:
         rows: some classes of `num_classes` a row.
-        temperature: T > 0; 1 gives the stored distribution, made to sum to one exactly.
+        temperature: T > 0, or one of each row `[batch, 1]`; 1 gives the stored distribution, made to sum to one
+            exactly.
     """
     others = num_classes - rows.counts
     log_others = others.double().log().to(rows.log_prob.dtype)
-    log_one = (rows.log_tail - log_others).masked_fill(others == 0, -torch.inf) / temperature
-    parts = torch.cat([rows.log_prob / temperature, (log_one + log_others).unsqueeze(-1)], dim=-1)
+    log_one = (rows.log_tail - log_others).masked_fill(others == 0, -torch.inf).unsqueeze(-1) / temperature
+    parts = torch.cat([rows.log_prob / temperature, log_one + log_others.unsqueeze(-1)], dim=-1)
     masses = parts.softmax(dim=-1)
     prob, tail = masses[:, :-1], masses[:, -1:] / others.clamp(min=1).unsqueeze(-1)
     if rows.count is not None:

@@ -18,7 +18,7 @@ from distill_cli.objectives import (
     needs_of,
     singles,
 )
-from distill_cli.objectives.ramps import is_one
+from distill_cli.objectives.fkd import FKDConfig
 from distill_cli.recipe import Recipe
 from distill_cli.report import Report
 from distill_cli.sparse import top_k
@@ -102,28 +102,27 @@ def check_needs(config: ObjectiveConfig, recipe: Recipe, source: Source, store: 
     """
     Raises:
         UsageError: the data has no labels, and the objective learns from them.
-        MismatchError: it asks of sampled rows what they cannot tell.
+        MismatchError: it asks of sampled rows what they cannot tell, or for more classes than rows have.
     """
     if "labels" in needs_of(config) and source.labels is None:
         raise UsageError(
             f"objective {config.name}: learns from labels, which --data {recipe.data.path} has not; use tinyvit"
         )
-    if store is not None and store.sampled:
-        for each in singles(config):
+    if store is None:
+        return
+    for each in singles(config):
+        if store.sampled:
             _check_sampled(each, store)
+        if isinstance(each, FKDConfig) and each.k is not None and each.k > store.plan.top_k:
+            raise MismatchError(
+                f"objective.k: {each.k} asked, store {store} has {store.plan.top_k} classes a row; give at most that"
+            )
 
 
 def _check_sampled(config: SingleConfig, store: Store) -> None:
-    if "logits" not in OBJECTIVES[config.name].needs:
-        return
-    temperature = getattr(config, "temperature", 1)
-    if getattr(config, "distillation", "soft") == "hard":
+    beyond = config.beyond_samples() if "logits" in OBJECTIVES[config.name].needs else None
+    if beyond is not None:
+        setting, instead = beyond
         raise MismatchError(
-            f"objective.distillation: hard needs the teacher's most probable class, the rows of store {store} are "
-            'sampled; give objective.distillation="soft", or write a store without --sample'
-        )
-    if not is_one(temperature):
-        raise MismatchError(
-            f"objective.temperature: {temperature} asked, the rows of store {store} are sampled at temperature 1 "
-            "and unbiased for no other; leave it at 1, or write a store without --sample"
+            f"objective.{setting}, the rows of store {store} are sampled; {instead}, or write a store without --sample"
         )

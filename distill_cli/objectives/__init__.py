@@ -13,12 +13,13 @@ from distill_cli.config import section
 from distill_cli.errors import UsageError
 from distill_cli.objectives.base import Losses, Need, Objective, Setting
 from distill_cli.objectives.deit import DeiT, DeiTConfig
+from distill_cli.objectives.fkd import FKD, FKDConfig
 from distill_cli.objectives.supervised import Supervised, SupervisedConfig
 from distill_cli.objectives.terms import Terms
 from distill_cli.objectives.tinyvit import TinyViT, TinyViTConfig
 
-OBJECTIVES: dict[str, Any] = {"supervised": Supervised, "tinyvit": TinyViT, "deit": DeiT}
-SingleConfig = SupervisedConfig | TinyViTConfig | DeiTConfig
+OBJECTIVES: dict[str, Any] = {"supervised": Supervised, "tinyvit": TinyViT, "fkd": FKD, "deit": DeiT}
+SingleConfig = SupervisedConfig | TinyViTConfig | FKDConfig | DeiTConfig
 
 
 @section
@@ -57,7 +58,7 @@ def singles(config: SingleConfig | TermsConfig) -> list[SingleConfig]:
 
 def needs_of(config: SingleConfig | TermsConfig) -> frozenset[Need]:
     """What the objective that a recipe names learns from."""
-    return frozenset[Need]().union(*(OBJECTIVES[each.name].needs for each in singles(config)))
+    return frozenset[Need]().union(*(OBJECTIVES[each.name].needs_of(each) for each in singles(config)))
 
 
 def build(config: SingleConfig | TermsConfig, student: nn.Module, setting: Setting) -> Objective:

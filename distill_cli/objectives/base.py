@@ -14,6 +14,7 @@ from distill_cli.data.loader import Batch
 from distill_cli.live_teacher import LiveTeacher
 from distill_cli.objectives.ramps import Weight
 from distill_cli.sparse import SparseLogits
+from distill_cli.students.second_head import Dropped
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class TermConfig:
 
     weight: Weight = 1.0
     """Of this objective in a sum of `terms`."""
+
+    def beyond_samples(self) -> tuple[str, str] | None:
+        """The setting that asks of sampled rows more than they are right in, which is expectation, and what to do."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Objective(nn.Module):
         self.setting = setting
         self.register_buffer("progress", torch.zeros(()), persistent=False)
 
+    @classmethod
+    def needs_of(cls, config: TermConfig) -> frozenset[Need]:
+        """What it learns from with these settings."""
+        return cls.needs
+
     def forward(self, batch: Batch) -> Losses:
         """The losses of one batch of this rank."""
         return self.losses(self.student(batch.images), self.taught(batch))
@@ -112,7 +122,9 @@ class Objective(nn.Module):
 
 
 def as_evaluated(outputs: Outputs) -> Tensor:
-    """A student's logits as it is evaluated: with a distillation token, the mean of its two heads."""
+    """A student's logits as it is evaluated: with two heads their mean, or those of the class where one is dropped."""
+    if isinstance(outputs, Dropped):
+        return outputs[0]
     return outputs if isinstance(outputs, Tensor) else (outputs[0] + outputs[1]) / 2
 
 

@@ -2,43 +2,50 @@
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from distill_cli.config import section
+from distill_cli.config import Fraction, section
 from distill_cli.data.loader import Batch
 from distill_cli.objectives.base import (
     Losses,
+    Need,
     Objective,
     Outputs,
     Setting,
     TermConfig,
     as_evaluated,
     beside_teacher,
+    label_cross_entropy,
     teacher_rows,
 )
-from distill_cli.objectives.ramps import Temperature, at
-from distill_cli.sparse import SparseLogits, cross_entropy, soften
+from distill_cli.objectives.dkd import DKDConfig
+from distill_cli.objectives.logits import LogitsConfig, soft_loss
+from distill_cli.objectives.ramps import Weight, at
 
 
 @section
-class TinyViTConfig(TermConfig):
+class TinyViTConfig(LogitsConfig):
     name: Literal["tinyvit"] = "tinyvit"
-    temperature: Temperature = 1.0
-    """Applied to both sides; the loss is multiplied by its square."""
+    label_weight: Weight = 0.0
+    """Of a cross-entropy with the labels, added to the soft one."""
+    label_smoothing: Fraction = 0.0
+    """Of that cross-entropy."""
 
 
 class TinyViT(Objective):
     """Soft cross-entropy with the teacher's k most probable classes, its tail spread uniformly.
 
-        L = -sum_c p_c log q_c,    p_c = m outside the k,    m = tail / (C - k)
+        L = T^2 D(p, q) + w CE(label, q),    D = -sum_c p_c log q_c,    w = 0
+        p_c = m outside the k,    m = tail / (C - k)
 
-    No label, no weight. The target is never densified to batch x classes. In ragged rows k is each row's own.
+    both sides at temperature T. The target is never densified to batch x classes. In ragged rows k is each row's own.
     Sampled rows have no tail, m = 0, and give the loss of the teacher's whole distribution in expectation, at
     temperature 1 only.
 
     Paper: Wu et al. 2022, arXiv:2207.10666, section 3.1.
     Differs: the log-softmax of both sides is float32, where TinyViT takes them in float16 and can meet a negative
-    tail; a temperature other than 1 is possible, since log-probabilities are stored.
+    tail. What the paper has not: a temperature other than 1, since log-probabilities are stored, a label term, other
+    tails (`tails`), other divergences D and standardised logits (`logits`).
     """
 
     needs = frozenset({"logits"})
@@ -47,19 +54,20 @@ class TinyViT(Objective):
     def __init__(self, student: nn.Module, config: TinyViTConfig, setting: Setting) -> None:
         super().__init__(student, setting)
         self.config = config
+        self.needs = self.needs_of(config)
+
+    @classmethod
+    def needs_of(cls, config: TermConfig) -> frozenset[Need]:
+        assert isinstance(config, TinyViTConfig)
+        labels = config.label_weight != 0 or isinstance(config.divergence, DKDConfig)
+        return cls.needs | frozenset[Need]({"labels"} if labels else ())
 
     def losses(self, outputs: Outputs, batch: Batch) -> Losses:
-        logits = as_evaluated(outputs)
-        loss = soft_cross_entropy(logits, teacher_rows(batch), at(self.config.temperature, self.progress))
-        return Losses(loss, {"distill": loss.detach()}, beside_teacher(logits, batch))
-
-
-def soft_cross_entropy(logits: Tensor, teacher: SparseLogits, temperature: float | Tensor = 1.0) -> Tensor:
-    """T^2 times the mean over the batch of -sum_c p_c log q_c, both sides at temperature T.
-
-    Args:
-        logits: the student's, `[batch, classes]`.
-        teacher: k rows of the same classes.
-    """
-    target = soften(teacher, logits.shape[-1], temperature)
-    return temperature**2 * cross_entropy(logits, target, temperature).mean()
+        config, logits = self.config, as_evaluated(outputs)
+        distill = soft_loss(logits, teacher_rows(batch), config, at(config.temperature, self.progress), batch)
+        seen = beside_teacher(logits, batch)
+        if config.label_weight == 0:
+            return Losses(distill, {"distill": distill.detach()}, seen)
+        label = label_cross_entropy(logits, batch, config.label_smoothing)
+        total = distill + at(config.label_weight, self.progress) * label
+        return Losses(total, {"label": label.detach(), "distill": distill.detach()}, seen)

@@ -12,6 +12,7 @@ from distill_cli.config import Fraction, Positive, section
 from distill_cli.data.views import SMALL
 from distill_cli.errors import DistillError, UsageError, nearest
 from distill_cli.students.aliases import ALIASES
+from distill_cli.students.second_head import second_head
 
 
 @section
@@ -118,7 +119,10 @@ def input_config(model: nn.Module, image_size: int | None = None) -> dict[str, A
 
 
 def parameters_in_millions(model: nn.Module) -> float:
-    return round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 3)
+    """Without a second head, which is not delivered."""
+    second = second_head(model)
+    extra = 0 if second is None else sum(parameter.numel() for parameter in second.parameters())
+    return round((sum(parameter.numel() for parameter in model.parameters()) - extra) / 1e6, 3)
 
 
 def _has_fixed_input(full: str) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distill_cli.checkpoint import RESULT
 from distill_cli.errors import DamagedError, MismatchError, UsageError
 from distill_cli.files import canonical_json
+from distill_cli.students.second_head import timm_weights
 from distill_cli.tensors import save_tensors
 
 STUDENT, PLAIN, BEST = "student.safetensors", "student-plain.safetensors", "student-best.safetensors"
@@ -59,13 +60,13 @@ class Card:
 
 
 def save_student(path: Path, model: nn.Module, card: Card) -> None:
-    """Write a model's weights with their card, atomically."""
+    """Write a model's weights as it is evaluated, with their card, atomically."""
     metadata = {
         key: value if isinstance(value, str) else canonical_json(value)
         for key, value in asdict(card).items()
         if value is not None
     }
-    save_tensors(path, model.state_dict(), metadata)
+    save_tensors(path, timm_weights(model), metadata)
 
 
 def read_card(path: Path) -> Card | None:

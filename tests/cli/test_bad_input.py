@@ -76,7 +76,10 @@ def test_a_wrong_command_line(arguments: list[str], said: str, distill: Cli) -> 
         (["--set", "train.bach_size=8"], "--set: train.bach_size: unknown key; did you mean train.batch_size"),
         (["--set", "train=8"], "--set train=8: not of the form section.key=VALUE"),
         (["--recipe", "none"], "--recipe none: no such recipe or file"),
-        (["--objective", "dino"], "objective.name: no such objective, 'dino'; there are supervised, tinyvit, deit"),
+        (
+            ["--objective", "dino"],
+            "objective.name: no such objective, 'dino'; there are supervised, tinyvit, fkd, deit",
+        ),
         (["--student", "tinyvit-12m"], "tinyvit-12m: no such model; did you mean tinyvit-21m, tinyvit-11m, tinyvit-5m"),
         (["--student", "resnet18", "--set", "student.patch_size=4"], "timm cannot build it with patch_size=4"),
         (["--device", "gpu"], "--device gpu: not a device; give auto, cpu, cuda or cuda:N"),

@@ -51,8 +51,8 @@ def test_sampled_rows_are_refused_where_they_mislead(
 ) -> None:
     train = ("train", *DISTIL, "--data", folder, "--store", sampled, "--out", tmp_path / "r")
     assert refused(3, *train, "--set", "objective.name=tinyvit", "--set", "objective.temperature=2.0") == (
-        f"objective.temperature: 2.0 asked, the rows of store {sampled} are sampled at temperature 1 and unbiased for "
-        "no other; leave it at 1, or write a store without --sample"
+        f"objective.temperature: 2.0 needs the probabilities themselves, the rows of store {sampled} are sampled; "
+        "leave it at 1, or write a store without --sample"
     )
     hard = ("--student", "deit-tiny", "--set", "objective.name=deit", "--set", "objective.distillation=hard")
     train = ("train", *hard, "--data", folder, "--store", sampled, "--out", tmp_path / "r")

@@ -21,6 +21,11 @@ SMALL = {
     "deit-small-in1k-wds": SMALL_DEIT,
     "fashion-teacher": (),
     "fashion-scratch": (),
+    "deit-tinyvit-5m-in1k": (TINYVIT,),
+    "fkd-deit-tiny-in1k": SMALL_DEIT,
+    "fashion-tinyvit": (),
+    "fashion-fkd": (),
+    "fashion-deit": (),
     "quickstart-teacher": (),
     "quickstart-student": (),
 }
@@ -67,7 +72,8 @@ def test_recipe(name, teacher, begun, folder, tmp_path):
         (tmp_path / "map.txt").write_text("9 8 7 6 5 4 3 2 -1 0")
         rest = ("--init-from", begun, "--set", f"student.class_map={tmp_path / 'map.txt'}")
     elif name not in FROM_LABELS:
-        teach = ("--teacher", teacher, "--views", "2", "--top-k", "3", "--precision", "fp32")
+        views = "4" if "fkd" in name else "2"
+        teach = ("--teacher", teacher, "--views", views, "--top-k", "3", "--precision", "fp32")
         assert run_json("teacher-logits", *common, *teach, "--out", tmp_path / "store")["rows"] == 1200
         rest = ("--store", tmp_path / "store")
     train = ("--batch-size", "32", "--set", "train.steps=2")

@@ -34,6 +34,13 @@ def make_student(seed: int = 0) -> nn.Module:
     )
 
 
+def make_plain(seed: int = 0) -> nn.Module:
+    """A ViT of two blocks with a class token alone, whose classifier is one linear layer."""
+    torch.manual_seed(seed)
+    shape = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **shape)
+
+
 def make_live(seed: int = 5, **arguments: Any) -> LiveTeacher:
     """A ViT that is wider and deeper than the student, without its second token, and normalises by other values."""
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from small import CLASSES, KINDS, SETTING, make_batch, make_live, make_student, part
+from small import CLASSES, KINDS, SETTING, make_batch, make_live, make_plain, make_student, part
 from torch import Tensor
 
 from distill_cli.accumulate import backward
@@ -15,6 +15,10 @@ from distill_cli.data.loader import Batch
 from distill_cli.distributed import World
 from distill_cli.objectives import OBJECTIVES, Objective, ObjectiveConfig, TermsConfig, build, needs_of, singles
 from distill_cli.objectives.deit import DeiTConfig
+from distill_cli.objectives.dist import DISTConfig
+from distill_cli.objectives.dkd import DKDConfig
+from distill_cli.objectives.fkd import FKDConfig
+from distill_cli.objectives.jsd import JSDConfig
 from distill_cli.objectives.ramps import PositiveRamp
 from distill_cli.objectives.supervised import SupervisedConfig
 from distill_cli.objectives.tinyvit import TinyViTConfig
@@ -25,15 +29,31 @@ from distill_cli.teaching import leave_out
 CASES: dict[str, ObjectiveConfig] = {
     "supervised": SupervisedConfig(),
     "tinyvit": TinyViTConfig(temperature=2.0),
+    "tinyvit-bucket": TinyViTConfig(temperature=2.0, tail="bucket", label_weight=0.5),
+    "tinyvit-renormalise": TinyViTConfig(temperature=2.0, tail="renormalise"),
+    "tinyvit-standardise": TinyViTConfig(temperature=2.0, standardise=True),
+    "tinyvit-jsd": TinyViTConfig(temperature=2.0, divergence=JSDConfig()),
+    "tinyvit-dkd": TinyViTConfig(temperature=2.0, divergence=DKDConfig()),
+    "tinyvit-dist-inter": TinyViTConfig(divergence=DISTConfig(inter=1, intra=0)),
+    "tinyvit-dist": TinyViTConfig(temperature=2.0, divergence=DISTConfig()),
+    "fkd": FKDConfig(k=2, temperature=2.0),
+    "fkd-hard": FKDConfig(label_type="hard"),
     "deit": DeiTConfig(),
     "deit-soft": DeiTConfig(distillation="soft", temperature=2.0),
+    "deit-second-head": DeiTConfig(second_head="average"),
+    "deit-dropped-head": DeiTConfig(second_head="drop", distillation="soft", divergence=DKDConfig(), standardise=True),
     "terms": TermsConfig(
         terms={"deit": DeiTConfig(), "soft": TinyViTConfig(weight=0.5, temperature=PositiveRamp(start=4.0, end=1.0))}
     ),
 }
 PARTIAL = [case for case, config in CASES.items() if all(OBJECTIVES[each.name].partial for each in singles(config))]
 """Those that train without the student's classifier, and say nothing of its logits."""
+WHOLE_BATCH = ("tinyvit-dist",)
+"""Correlations over the images of a batch: those of its parts are others, and their mean is not that of the whole."""
+PLAIN = ("deit-second-head", "deit-dropped-head")
+"""Those whose student has no distillation token."""
 every_objective = pytest.mark.parametrize("case", CASES)
+every_mean = pytest.mark.parametrize("case", [case for case in CASES if case not in WHOLE_BATCH])
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -41,7 +61,7 @@ def make(case: str, seed: int = 0) -> Objective:
     """The objective around a fresh student, in training, beside a live teacher where it needs one."""
     config = CASES[case]
     setting = replace(SETTING, teacher=make_live()) if "teacher" in needs_of(config) else SETTING
-    objective = build(config, make_student(seed), setting).train()
+    objective = build(config, (make_plain if case in PLAIN else make_student)(seed), setting).train()
     leave_out(objective, Report(quiet=True))
     return objective
 
@@ -141,7 +161,7 @@ def test_the_live_teacher_is_no_part_of_it(case: str) -> None:
         assert theirs.isdisjoint(id(each) for each in objective.parameters())
 
 
-@every_objective
+@every_mean
 @every_kind
 def test_accumulating_two_halves_is_one_batch(case: str, kind: str) -> None:
     objective, batch = make(case), make_batch(kind=kind)
@@ -150,7 +170,7 @@ def test_accumulating_two_halves_is_one_batch(case: str, kind: str) -> None:
     torch.testing.assert_close(halves, whole, rtol=1e-6, atol=1e-6)
 
 
-@every_objective
+@every_mean
 @every_kind
 def test_what_is_said_of_accumulated_parts_are_the_means_of_the_batch(case: str, kind: str) -> None:
     objective, batch, world = make(case), make_batch(kind=kind), World(torch.device("cpu"))
@@ -253,7 +273,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-@every_objective
+@every_mean
 def test_two_ranks_are_one_process(case: str, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
     alone = a_few_steps(case, World(torch.device("cpu")))
     for rank in ranks:

@@ -4,9 +4,18 @@ import pytest
 import torch
 from dense import Example, examples
 from hypothesis import given
+from small import SETTING, make_batch, make_student
+from torch import Tensor
 
-from distill_cli.objectives.tinyvit import soft_cross_entropy
+from distill_cli.objectives import build
+from distill_cli.objectives.logits import soft_loss
+from distill_cli.objectives.ramps import Ramp
+from distill_cli.objectives.tinyvit import TinyViTConfig
 from distill_cli.sparse import SparseLogits, top_k
+
+
+def soft_cross_entropy(logits: Tensor, rows: SparseLogits, temperature: float = 1.0) -> Tensor:
+    return soft_loss(logits, rows, TinyViTConfig(), temperature)
 
 
 @given(examples())
@@ -51,3 +60,15 @@ def test_it_is_a_mean_over_the_batch_however_it_is_split() -> None:
     logits, teacher = torch.randn(8, 20, dtype=torch.float64), torch.randn(8, 20)
     parts = [soft_cross_entropy(logits[i : i + 2], top_k(teacher[i : i + 2], 5), 2.0) for i in range(0, 8, 2)]
     torch.testing.assert_close(torch.stack(parts).mean(), soft_cross_entropy(logits, top_k(teacher, 5), 2.0))
+
+
+def test_the_label_term_is_added_by_its_weight_at_each_progress() -> None:
+    batch, student = make_batch(), make_student()
+    config = TinyViTConfig(label_weight=Ramp(start=0, end=2), label_smoothing=0.1)
+    objective = build(config, student, SETTING).eval()
+    alone = build(TinyViTConfig(), student, SETTING).eval()(batch).total
+    label = torch.nn.functional.cross_entropy(student(batch.images), batch.labels, label_smoothing=0.1)
+    for progress in (0.0, 0.5, 1.0):
+        objective.go_to(progress)
+        torch.testing.assert_close(objective(batch).total, alone + 2 * progress * label)
+    assert objective.needs == {"labels", "logits"}
