@@ -31,6 +31,7 @@ from distill_cli.data.views import (
 )
 from distill_cli.distributed import World
 from distill_cli.ema import build_ema
+from distill_cli.ensemble import identity_of, lineage_of, open_stores
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
 from distill_cli.objectives import Objective, build
@@ -41,7 +42,6 @@ from distill_cli.replay import check_data, stored_partners
 from distill_cli.report import Report
 from distill_cli.schedules import learning_rate
 from distill_cli.software import versions
-from distill_cli.store import open_store
 from distill_cli.store.dealing import Dealing
 from distill_cli.store.reader import Store
 from distill_cli.students.build import (
@@ -121,11 +121,10 @@ class Experiment:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with besides the recipe."""
-        return {"data": fingerprint(self.source), "store": self.store and self.store.id, **self.begun}
+        return {"data": fingerprint(self.source), **identity_of(self.store), **self.begun}
 
     def card(self, top1: float | None, top5: float | None, ema_decay: float | None = None) -> Card:
         """What the weights of this experiment say of themselves."""
-        plan = self.store.plan if self.store else None
         view, recipe = self.view, self.recipe
         assert recipe.objective is not None
         assert recipe.student.name is not None
@@ -144,8 +143,7 @@ class Experiment:
             recipe_sha256=recipe_fingerprint(recipe),
             data_fingerprint=sha256(canonical_json(self.identity["data"])),
             objective=recipe.objective.name,
-            teacher=plan.teacher["name"] if plan else None,
-            store=self.store.id if self.store else None,
+            **lineage_of(self.store),
             init_from=self.begun["init_from"],
             ema_decay=ema_decay,
             top1=top1,
@@ -163,7 +161,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     report.stage("opening the data")
     source = open_train(recipe.data, report)
     val = open_val(recipe.data, report)
-    store = open_store(recipe.store)
+    store = open_stores(recipe.store)
     if recipe.student.name is None:
         raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
     check_begin(recipe.train.init_from, recipe.student.class_map, recipe.student.pretrained)
@@ -206,8 +204,8 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
 
 
 def class_names(source: Source, store: Store | None) -> tuple[str, ...] | None:
-    """Of a student's classes: its teacher's where there is a store."""
-    names = store.plan.teacher["classes"] if store else source.classes
+    """Of a student's classes: its teacher's where there is a store that has them, else the data's."""
+    names = (store and store.classes) or source.classes
     return names and tuple(names)
 
 
@@ -288,7 +286,7 @@ def _classes(recipe: Recipe, source: Source, val: Source | None, store: Store | 
     """The student's class count, agreed by store, data and recipe."""
     if store is not None:
         check_data(store, source)
-    known = store.plan.num_classes if store else num_classes(source)
+    known = store.num_classes if store else num_classes(source)
     count = recipe.student.num_classes or known
     if count is None:
         raise UsageError(f"--data {recipe.data.path}: has no labels; give a --store to learn from, or class folders")

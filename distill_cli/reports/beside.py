@@ -80,7 +80,8 @@ def _recipe(of_run: Recipe, data: str | None, store: str | None) -> Recipe:
     """The recipe of an evaluation: the run's data and store, or those that are given."""
     names = ("path", "val", "root", "labelled", "cache_listing") if data is None else ("labelled", "cache_listing")
     settled = {f"data.{name}": getattr(of_run.data, name) for name in names}
-    kept = {f"store.{name}": getattr(of_run.store, name) for name in ("trust", "cache", "cache_gb", "memory_mb")}
+    of_store = ("trust", "cache", "cache_gb", "memory_mb", *(() if store else ("weights", "average", "class_maps")))
+    kept = {f"store.{name}": getattr(of_run.store, name) for name in of_store}
     given = {"data.path": data} if data is not None else {}
     return update(Recipe(), {**settled, **kept, **given, "store.path": store or of_run.store.path})
 
