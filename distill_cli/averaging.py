@@ -16,7 +16,7 @@ Space = Literal["probability", "log"]
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 LOW = 2**32 - 1
-"""The lower half of a number that is sorted by its upper half."""
+"""The lower half of a number that is sorted by its upper half; as a class, none."""
 
 
 class EmptyRow(ValueError):
@@ -139,7 +139,7 @@ def _united(ids: Ids, values: Sequence[Floats], most: int) -> tuple[Ids, list[Fl
         for total, value in zip(sums, values, strict=True):
             total[row, place] += value[row, place + step]
     again = ids[:, 1:] == ids[:, :-1]
-    ids[:, 1:][again] = np.iinfo(np.int64).max
+    ids[:, 1:][again] = LOW
     return ids, sums
 
 
