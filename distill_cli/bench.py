@@ -26,13 +26,13 @@ from distill_cli.data.sources import Source
 from distill_cli.data.tensors import Given, decoded
 from distill_cli.data.views import View, check_decoder, check_view, resolve_view, stored_view, train_transform
 from distill_cli.distributed import World
+from distill_cli.ensemble import open_stores
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.experiment import training_order
 from distill_cli.recipe import Recipe
 from distill_cli.replay import check_data
 from distill_cli.report import Report
 from distill_cli.sparse import SparseLogits
-from distill_cli.store import open_store
 from distill_cli.store.reader import Store
 from distill_cli.training_batches import by_step
 
@@ -170,7 +170,7 @@ def _one_thread() -> Iterator[None]:
 def _open(recipe: Recipe, world: World, report: Report) -> _Opened:
     report.stage("opening the data")
     source = open_train(recipe.data, report)
-    store = open_store(recipe.store)
+    store = open_stores(recipe.store)
     if store is None:
         size = recipe.data.image_size or recipe.student.img_size or MODEL["input_size"][-1]  # type: ignore[index]
         view = resolve_view(recipe.data, {**MODEL, "input_size": (3, size, size)})

@@ -103,8 +103,8 @@ def check(
         Stopped: a signal came.
     """
     report, start = report or Report(), time.monotonic()
-    store = open_store(recipe.store)
-    assert store is not None, "the command names a store"
+    assert isinstance(recipe.store.path, str), "the command names a store"
+    store = open_store(recipe.store.path, recipe.store)
     _refuse_imported(store)
     tolerance = TOLERANCE[store.plan.precision] if tolerance is None else tolerance
     captures = _open(recipe, store, world, report)

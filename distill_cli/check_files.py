@@ -54,8 +54,8 @@ def check_files(recipe: Recipe, world: World, report: Report | None = None) -> S
         Stopped: a signal came.
     """
     report, start = report or Report(), time.monotonic()
-    store = open_store(recipe.store)
-    assert store is not None, "the command names a store"
+    assert isinstance(recipe.store.path, str), "the command names a store"
+    store = open_store(recipe.store.path, recipe.store)
     report.stage("opening the data")
     source = open_train(recipe.data, report)
     check_data(store, source)

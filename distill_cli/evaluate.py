@@ -27,13 +27,13 @@ from distill_cli.data.views import (
     train_transform,
 )
 from distill_cli.distributed import World
+from distill_cli.ensemble import open_stores
 from distill_cli.errors import GateError, MismatchError, UsageError
 from distill_cli.metrics import Accuracy, every_image, measure_accuracy, measure_agreement
 from distill_cli.recipe import Recipe, update
 from distill_cli.recipe import load as load_recipe
 from distill_cli.replay import SparseRows, check_data, prove_replay, stored_partners
 from distill_cli.report import Report
-from distill_cli.store import open_store
 from distill_cli.store.reader import Store
 from distill_cli.students.build import check_forward, constructor_arguments, parameters_in_millions
 from distill_cli.teachers import Frozen, TeacherConfig, load_frozen
@@ -207,7 +207,7 @@ def open_evaluation(recipe: Recipe, run: str | None, world: World, report: Repor
     source, split = open_val(recipe.data, report), "val"
     if source is None:
         source, split = open_train(recipe.data, report), "train"
-    store = open_store(recipe.store)
+    store = open_stores(recipe.store)
     if source.labels is None and store is None:
         raise UsageError(
             f"--data {recipe.data.path}: has no labels to evaluate against; give labelled images, or a --store"
@@ -255,9 +255,9 @@ def _stored_images(recipe: Recipe, frozen: Frozen, store: Store) -> tuple[Source
     Raises:
         MismatchError: it is neither, or the model has other classes than the store.
     """
-    if store.plan.num_classes != frozen.num_classes:
+    if store.num_classes != frozen.num_classes:
         raise MismatchError(
-            f"store {store}: has {store.plan.num_classes} classes, the model {frozen.num_classes}; "
+            f"store {store}: has {store.num_classes} classes, the model {frozen.num_classes}; "
             "give a store of the same classes"
         )
     refusal: MismatchError | None = None

@@ -31,6 +31,7 @@ from distill_cli.data.views import (
 )
 from distill_cli.distributed import World
 from distill_cli.ema import build_ema
+from distill_cli.ensemble import identity_of, lineage_of, open_stores
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
 from distill_cli.live_teacher import LiveTeacher
@@ -44,7 +45,6 @@ from distill_cli.replay import check_data, stored_partners
 from distill_cli.report import Report
 from distill_cli.schedules import learning_rate
 from distill_cli.software import versions
-from distill_cli.store import open_store
 from distill_cli.store.dealing import Dealing
 from distill_cli.store.reader import Store
 from distill_cli.students.build import (
@@ -129,11 +129,10 @@ class Experiment:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with besides the recipe."""
         live = {"teacher": self.frozen.weights_sha256} if self.frozen else {}
-        return {"data": fingerprint(self.source), "store": self.store and self.store.id, **self.begun, **live}
+        return {"data": fingerprint(self.source), **identity_of(self.store), **self.begun, **live}
 
     def card(self, top1: float | None, top5: float | None, ema_decay: float | None = None) -> Card:
         """What the weights of this experiment say of themselves."""
-        taught_by = self.store.plan.teacher["name"] if self.store else self.frozen.name if self.frozen else None
         view, recipe = self.view, self.recipe
         assert recipe.objective is not None
         assert recipe.student.name is not None
@@ -152,8 +151,7 @@ class Experiment:
             recipe_sha256=recipe_fingerprint(recipe),
             data_fingerprint=sha256(canonical_json(self.identity["data"])),
             objective=recipe.objective.name,
-            teacher=taught_by,
-            store=self.store.id if self.store else None,
+            **(lineage_of(self.store) if self.store or not self.frozen else {"teacher": self.frozen.name}),
             init_from=self.begun["init_from"],
             ema_decay=ema_decay,
             top1=top1,
@@ -177,7 +175,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     report.stage("opening the data")
     source = open_train(recipe.data, report)
     val = open_val(recipe.data, report)
-    store = open_store(recipe.store)
+    store = open_stores(recipe.store)
     classes = _classes(recipe, source, val, store, frozen)
     report.stage(f"{len(source)} images, {len(val) if val else 'none'} to validate on; building {recipe.student.name}")
     torch.manual_seed(recipe.train.seed)
@@ -220,8 +218,8 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
 
 
 def class_names(source: Source, store: Store | None) -> tuple[str, ...] | None:
-    """Of a student's classes: its teacher's where there is a store."""
-    names = store.plan.teacher["classes"] if store else source.classes
+    """Of a student's classes: its teacher's where there is a store that has them, else the data's."""
+    names = (store and store.classes) or source.classes
     return names and tuple(names)
 
 
@@ -301,7 +299,7 @@ def _classes(recipe: Recipe, source: Source, val: Source | None, store: Store | 
     """The student's class count, agreed by store, data, live teacher and recipe."""
     if store is not None:
         check_data(store, source)
-    known = store.plan.num_classes if store else num_classes(source)
+    known = store.num_classes if store else num_classes(source)
     if frozen is not None and recipe.teacher.live:
         check_classes(source, f"--teacher {recipe.teacher.name}", frozen.num_classes, frozen.classes)
         known = frozen.num_classes

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
@@ -191,7 +191,7 @@ def _paths(cls: Any, prefix: str) -> Iterator[str]:
 
 def _kinds(annotation: Any) -> Iterator[Any]:
     """The classes inside a union or an Annotated."""
-    arguments = get_args(annotation)
+    arguments = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
     if not arguments:
         yield annotation
     for argument in arguments:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from distill_cli.data.images import printable
 from distill_cli.data.mixing import partners
 from distill_cli.data.sources import Source, check_classes, fingerprint
-from distill_cli.data.views import Transform, View, check_replayable
+from distill_cli.data.views import Transform, View, check_replayable, read_view, train_transform
 from distill_cli.errors import MismatchError
 from distill_cli.randomness import preserved
 from distill_cli.software import versions
@@ -27,8 +27,7 @@ def check_data(store: Store, source: Source) -> None:
     """
     plan = store.plan
     check_replayable(f"store {store}", plan.transform)
-    classes = plan.teacher["classes"]
-    check_classes(source, f"store {store}", plan.num_classes, classes and tuple(classes))
+    check_classes(source, f"store {store}", store.num_classes, store.classes)
     advice = "give the data that the store was written from"
     if len(source) != plan.samples:
         raise MismatchError(f"store {store}: is of {plan.samples} images, the data has {len(source)}; {advice}")
@@ -44,11 +43,17 @@ def check_data(store: Store, source: Source) -> None:
 def prove_replay(store: Store, source: Source, transform: Transform) -> int:
     """Replay the first inputs of the first and of the last shard and compare their checksums; gives their number.
 
+    Of several stores each is proven, by the view of its own teacher.
+
     Raises:
         MismatchError: an input differs; libraries of other versions than the store's are named.
     """
     last = store.generation_of(store.views - 1)[0].plan.shards - 1
-    return sum(prove_shard(store, view, shard, source, transform) for view, shard in {(0, 0), (store.views - 1, last)})
+    ends = {(0, 0), (store.views - 1, last)}
+    proven = sum(prove_shard(store, view, shard, source, transform) for view, shard in ends)
+    views = (read_view(other.plan.transform, f"store {other}") for other in store.beside)
+    beside = zip(store.beside, map(train_transform, views), strict=True)
+    return proven + sum(prove_replay(other, source, seen) for other, seen in beside)
 
 
 def prove_shard(store: Store, view: int, shard: int, source: Source, transform: Transform) -> int:

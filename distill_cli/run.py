@@ -55,16 +55,19 @@ def check_identity(out: Path, there: dict[str, Any], setup: Experiment) -> None:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
     return value[:12] if isinstance(value, str) else canonical_json(value)[:60]
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """So that `eval RUN` finds the data from any folder."""
-    data, store = recipe.data, recipe.store.path
+    data, store = recipe.data, recipe.store
     places = {f"data.{key}": getattr(data, key) for key in ("path", "val", "root", "cache")}
-    settled = {key: absolute(place) for key, place in places.items() if place}
+    settled: dict[str, Any] = {key: absolute(place) for key, place in places.items() if place}
     files = {"train.init_from": recipe.train.init_from, "student.class_map": recipe.student.class_map}
     settled |= {key: str(Path(place).resolve()) for key, place in files.items() if place}
-    if store and "://" not in store:
-        settled["store.path"] = str(Path(store).resolve())
+    stores = () if store.path is None else (store.path,) if isinstance(store.path, str) else store.path
+    settled["store.path"] = [path if "://" in path else str(Path(path).resolve()) for path in stores] or None
+    settled["store.class_maps"] = [path and str(Path(path).resolve()) for path in store.class_maps or ()] or None
     return update(recipe, settled)

@@ -1,7 +1,6 @@
 """Beginning from other weights, with timm's own models at small sizes."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from distill_cli.errors import DamagedError, MismatchError, UsageError
 from distill_cli.report import Report
-from distill_cli.students.transfer import begin_from, read_class_map
+from distill_cli.students.transfer import begin_from
 from distill_cli.students.weights import Card, digest, save_student
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
@@ -234,32 +233,6 @@ def test_a_map_without_rows_to_take_is_refused(tmp_path: Path) -> None:
     (tmp_path / "map.txt").write_text("0 1 2")
     with pytest.raises(MismatchError, match="the weights have no classifier to take rows from; leave it out"):
         begin(make("vit", num_classes=3), saved(make("vit", num_classes=0), tmp_path), str(tmp_path / "map.txt"))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("map.txt", "0 one", "cannot be read (invalid literal"),
-        ("map.json", "{", "cannot be read ("),
-        ("map.json", '{"a": 1}', "is no list of class ids; give one for each class, -1 for a new one"),
-        ("map.json", "[0, true]", "is no list of class ids"),
-        ("map.json", "[0, 1.5]", "is no list of class ids"),
-        ("map.txt", "0 -2", "is no list of class ids"),
-        ("map.txt", "", "is no list of class ids"),
-        ("map.txt", None, "cannot be read ([Errno 2]"),
-    ],
-)
-def test_a_file_that_is_no_map_is_refused(name: str, text: str | None, said: str, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(UsageError) as caught:
-        read_class_map(tmp_path / name)
-    assert str(caught.value).startswith(f"student.class_map {tmp_path / name}: {said}")
-
-
-def test_a_json_map_may_have_any_length(tmp_path: Path) -> None:
-    (tmp_path / "map.json").write_text(json.dumps(list(range(21841))))
-    assert read_class_map(tmp_path / "map.json") == list(range(21841))
 
 
 def test_a_run_that_is_not_finished_and_a_file_that_is_not_there_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 def data(
     recipe: options.RecipeName = None,
     path: options.Data = None,
-    store: options.StorePath = None,
+    store: options.StorePaths = None,
     cache: options.Cache = None,
     batch_size: options.BatchSize = None,
     views_per_read: options.ViewsPerRead = None,
@@ -44,7 +44,7 @@ def data(
         sets or (),
         flags(
             ("--data", "data.path", path),
-            ("--store", "store.path", store),
+            ("--store", "store.path", store or None),
             ("--cache", "data.cache", cache),
             ("--batch-size", "train.batch_size", batch_size),
             ("--views-per-read", "train.views_per_read", views_per_read),

@@ -21,7 +21,7 @@ def command(
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Of --model: timm's own weights.")] = False,
     data: options.Data = None,
     cache: options.Cache = None,
-    store: options.StorePath = None,
+    store: options.StorePaths = None,
     trust: options.Trust = False,
     fail_below: Annotated[
         float | None, typer.Option("--fail-below", metavar="TOP1", help="Exit 5 if top1 (percent) is less.")
@@ -56,7 +56,7 @@ def command(
             ("--pretrained", "student.pretrained", pretrained),
             ("--data", "data.path", data),
             ("--cache", "data.cache", cache),
-            ("--store", "store.path", store),
+            ("--store", "store.path", store or None),
             ("--trust", "store.trust", trust),
             ("--fail-below", "eval.fail_below", fail_below),
             ("--image-size", "data.image_size", image_size),

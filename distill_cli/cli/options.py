@@ -63,8 +63,9 @@ Model = Annotated[
         "--model", metavar="NAME", help="Instead of a run: an alias or timm name.", autocompletion=_complete_model
     ),
 ]
-StorePath = Annotated[
-    str | None, typer.Option("--store", metavar="STORE", help="A store of teacher logits: a directory or a URL.")
+StorePaths = Annotated[
+    list[str] | None,
+    typer.Option("--store", metavar="STORE", help="A store of teacher logits: a directory or a URL; repeatable."),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Read the store without looking at its checksums.")]
 StoreOut = Annotated[Path, typer.Option("--out", metavar="STORE", help="The store's directory.", show_default=False)]

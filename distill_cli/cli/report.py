@@ -18,7 +18,8 @@ def command(
         str | None, typer.Option("--data", metavar="DATA", help="Where the images are now, if they were moved.")
     ] = None,
     store: Annotated[
-        str | None, typer.Option("--store", metavar="STORE", help="Where the store is now, if it was moved.")
+        list[str] | None,
+        typer.Option("--store", metavar="STORE", help="Where the store is now, if it was moved; each of several."),
     ] = None,
     samples: Annotated[
         int, typer.Option("--samples", metavar="N", min=1, help="Rows on which student and teacher are compared.")
@@ -34,6 +35,6 @@ def command(
     from distill_cli.reports import write_report
 
     with world(RuntimeConfig(device=device or "auto", workers=workers)) as here:
-        summary = write_report(run, here, out, data, store, samples, report_for(here, quiet))
+        summary = write_report(run, here, out, data, store or (), samples, report_for(here, quiet))
         if here.is_main:
             print_result(summary, as_json)

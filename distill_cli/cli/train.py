@@ -28,7 +28,7 @@ def command(
     live: Annotated[
         bool, typer.Option("--live", help="Let the teacher look at every batch, in place of a store.")
     ] = False,
-    store: options.StorePath = None,
+    store: options.StorePaths = None,
     trust: options.Trust = False,
     data: options.Data = None,
     cache: options.Cache = None,
@@ -82,7 +82,7 @@ def command(
             ("--teacher-weights", "teacher.weights", teacher_weights),
             ("--teacher-pretrained", "teacher.pretrained", teacher_pretrained),
             ("--live", "teacher.live", live),
-            ("--store", "store.path", store),
+            ("--store", "store.path", store or None),
             ("--trust", "store.trust", trust),
             ("--data", "data.path", data),
             ("--cache", "data.cache", cache),

@@ -7,6 +7,7 @@ charts     SVG of curves and of calibration
 page       the page
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def write_report(
     world: World,
     out: Path | None = None,
     data: str | None = None,
-    store: str | None = None,
+    stores: Sequence[str] = (),
     samples: int = SAMPLES,
     report: Report | None = None,
 ) -> Summary:
@@ -47,12 +48,12 @@ def write_report(
     Args:
         world: one process.
         out: by default `report.html` in the run's directory.
-        data, store: where they lie now, if not where the run's recipe says.
+        data, stores: where they lie now, if not where the run's recipe says.
         samples: rows of the store on which student and teacher are compared.
 
     Raises:
         UsageError: there is no run, or `out` cannot be a file.
-        UsageError, MismatchError, DamagedError: `data` or `store` were given and do not fit the run; those of the
+        UsageError, MismatchError, DamagedError: `data` or `stores` were given and do not fit the run; those of the
             recipe are left out of the page instead, which says why.
     """
     report = report or Report()
@@ -60,7 +61,7 @@ def write_report(
     out = out or run / REPORT
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"--out {out}: is a folder, or lies in none; name a file in a folder that exists")
-    beside = look(found, world, report, data, store, samples)
+    beside = look(found, world, report, data, stores, samples)
     content = page(found, beside).encode()
     write_atomic(out, content)
     return Summary("done", str(out), len(content), len(beside.rows.kl) if beside.rows else 0)

@@ -1,6 +1,6 @@
 """The student beside its teacher: on a sample of the store's rows, with the images of the largest disagreements."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,37 +52,38 @@ class Beside:
     examples: tuple[Example, ...] = ()
 
 
-def look(run: Run, world: World, report: Report, data: str | None, store: str | None, samples: int) -> Beside:
+def look(run: Run, world: World, report: Report, data: str | None, stores: Sequence[str], samples: int) -> Beside:
     """Compare a finished run with the rows of its store.
 
     Args:
-        data, store: instead of those of the run's recipe.
+        data, stores: instead of those of the run's recipe.
 
     Raises:
-        UsageError, MismatchError, DamagedError: `data` or `store` are given and do not fit.
+        UsageError, MismatchError, DamagedError: `data` or `stores` are given and do not fit.
     """
-    if store is None and run.recipe.store.path is None:
+    if not stores and run.recipe.store.path is None:
         return Beside("The student was trained without a store, so there is no teacher to compare it with.")
     if not run.finished:
         return Beside("The run is under way: student and teacher are compared when it is finished.")
     try:
-        opened = open_evaluation(_recipe(run.recipe, data, store), str(run.path), world, report)
+        opened = open_evaluation(_recipe(run.recipe, data, stores), str(run.path), world, report)
         assert opened.store is not None
         return _look(opened, opened.store, world, report, samples)
     except (UsageError, MismatchError, DamagedError, UnreadableImage) as error:
-        if data is not None or store is not None:
+        if data is not None or stores:
             raise
         report.warn(f"student and teacher are not compared: {error}")
         return Beside(f"Student and teacher could not be compared: {error}")
 
 
-def _recipe(of_run: Recipe, data: str | None, store: str | None) -> Recipe:
-    """The recipe of an evaluation: the run's data and store, or those that are given."""
+def _recipe(of_run: Recipe, data: str | None, stores: Sequence[str]) -> Recipe:
+    """The recipe of an evaluation: the run's data and stores, or those that are given."""
     names = ("path", "val", "root", "labelled", "cache_listing") if data is None else ("labelled", "cache_listing")
     settled = {f"data.{name}": getattr(of_run.data, name) for name in names}
-    kept = {f"store.{name}": getattr(of_run.store, name) for name in ("trust", "cache", "cache_gb", "memory_mb")}
+    of_store = ("trust", "cache", "cache_gb", "memory_mb", "weights", "average", "class_maps")
+    kept = {f"store.{name}": getattr(of_run.store, name) for name in of_store}
     given = {"data.path": data} if data is not None else {}
-    return update(Recipe(), {**settled, **kept, **given, "store.path": store or of_run.store.path})
+    return update(Recipe(), {**settled, **kept, **given, "store.path": stores or of_run.store.path})
 
 
 def _look(opened: Evaluation, store: Store, world: World, report: Report, samples: int) -> Beside:

@@ -20,6 +20,7 @@ from distill_cli.reports.classes import class_name, classes
 from distill_cli.reports.markup import Markup, element, joined, shortened
 from distill_cli.reports.parts import note, number, section, split, tables
 from distill_cli.reports.run import Run
+from distill_cli.store.reader import Store
 
 STYLE = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -208,30 +209,36 @@ def _lineage(run: Run, beside: Beside) -> Markup:
     if run.card:
         card = run.card
         names = (
-            *("student", "num_classes", "objective", "teacher", "store", "init_from", "ema_decay"),
+            *("student", "num_classes", "objective", "teacher", "store", "averaging", "init_from", "ema_decay"),
             *("data_fingerprint", "recipe_sha256"),
         )
         found["student.safetensors"] = {name: getattr(card, name) for name in names} | {
             f"input {name}": value for name, value in card.input.items()
         }
         found["software of the run"] = dict(card.software or {})
-    if beside.store:
-        plan = beside.store.plan
-        found["store"] = {
-            "id": beside.store.id,
-            "path": str(beside.store),
-            "teacher": plan.teacher.get("name"),
-            "teacher's weights": plan.teacher.get("weights_sha256"),
-            "samples": plan.samples,
-            "views": beside.store.views,
-            "top_k": plan.top_k,
-            "codec": plan.codec,
-            "seed": plan.seed,
-            "teacher's top-1": beside.store.manifests[0].top1,
-        }
-        found["software of the store"] = dict(plan.software)
+    stores = (beside.store, *beside.store.beside) if beside.store else ()
+    for place, store in enumerate(stores, 1):
+        name = "store" if place == 1 else f"store {place}"
+        found[name] = _of_store(store)
+        found[f"software of the {name}"] = dict(store.plan.software)
     found["this page"] = {"distill": __version__}
     return section("Lineage", tables(found))
+
+
+def _of_store(store: Store) -> dict[str, Any]:
+    plan = store.plan
+    return {
+        "id": store.id,
+        "path": str(store),
+        "teacher": plan.teacher.get("name"),
+        "teacher's weights": plan.teacher.get("weights_sha256"),
+        "samples": plan.samples,
+        "views": store.views,
+        "top_k": plan.top_k,
+        "codec": plan.codec,
+        "seed": plan.seed,
+        "teacher's top-1": store.manifests[0].top1,
+    }
 
 
 def _best(classes: np.ndarray, probs: np.ndarray) -> list[tuple[int, float]]:

@@ -20,12 +20,13 @@ def open_place(path: str, config: StoreConfig | None = None) -> Place:
     return Remote(path, None if cache is None else Path(cache), None if size is None else size * 1e9)
 
 
-def open_store(config: StoreConfig) -> Store | None:
-    """Open the store that `train` and `eval` read; None where none is named.
+def open_store(path: str, config: StoreConfig, share: int = 1) -> Store:
+    """Open one store by the settings of `train` and `eval`.
+
+    Args:
+        share: stores that are read side by side.
 
     Raises:
         as `Store`.
     """
-    if config.path is None:
-        return None
-    return Store(open_place(config.path, config), config.memory_mb, config.trust)
+    return Store(open_place(path, config), config.memory_mb, config.trust, share)

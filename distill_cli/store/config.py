@@ -1,8 +1,8 @@
 """The `[store]` section of a recipe."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from distill_cli.config import Natural, Positive, PositiveFloat, Precision, Seed, section
 
@@ -10,10 +10,27 @@ Mass = Annotated[float, Field(gt=0, le=1)]
 Bits = Annotated[int, Field(ge=4, le=10)]
 
 
+def _paths(value: Any) -> Any:
+    """One path is a string, alone in a list too."""
+    several = list(value) if isinstance(value, list | tuple) else [value]
+    if not several or not all(isinstance(path, str | None) for path in several):
+        raise ValueError("give a path, or a list of paths")
+    return value if len(several) > 1 else several[0]
+
+
+Paths = Annotated[str | tuple[str, ...] | None, BeforeValidator(_paths)]
+
+
 @section
 class StoreConfig:
-    path: str | None = None
-    """`--store`: the store that `train` and `eval` read: a directory, or a URL that fsspec reads."""
+    path: Paths = None
+    """`--store`: the store that `train` and `eval` read: a directory, or a URL that fsspec reads; or several."""
+    weights: tuple[PositiveFloat, ...] | None = None
+    """Of several stores: the share of each in the average of their rows; by default the same."""
+    average: Literal["probability", "log"] = "probability"
+    """Of several stores: the mean of their probabilities, or of the logs of these."""
+    class_maps: tuple[str, ...] | None = None
+    """For each store a file with its class of each class of the student; empty where the classes are the same."""
     top_k: Natural | None = None
     """Classes kept of each row; by default 10, or all where there are fewer. 0 only with `sample`."""
     keep_mass: Mass | None = None

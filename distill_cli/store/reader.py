@@ -34,11 +34,15 @@ class Store:
     opens its own.
     """
 
-    def __init__(self, place: Path | Place, memory_mb: int = MEMORY_MB, trust: bool = False) -> None:
+    beside: "tuple[Store, ...]" = ()
+    """Stores of the same inputs with whose rows its own are averaged."""
+
+    def __init__(self, place: Path | Place, memory_mb: int = MEMORY_MB, trust: bool = False, share: int = 1) -> None:
         """
         Args:
             memory_mb: of shards that are mapped at once, in MiB; at least one is.
             trust: take shards without looking at their checksums.
+            share: stores that share this memory and the process's file descriptors.
 
         Raises:
             DamagedError: there is no store, or it is not complete.
@@ -46,9 +50,9 @@ class Store:
             MismatchError: it is of another format version.
         """
         self.place: Place = Folder(place) if isinstance(place, Path) else place
-        self.memory = memory_mb * 2**20
+        self.memory = memory_mb * 2**20 // share
         self.trust = trust
-        self.open_shards = max(1, min(OPEN_SHARDS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self.open_shards = max(1, min(OPEN_SHARDS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4) // share)
         found = read_generations(self.place)
         manifests = (read_manifest(self.place, generation) for generation in found)
         complete = [manifest for manifest in itertools.takewhile(lambda manifest: manifest, manifests) if manifest]
@@ -76,6 +80,17 @@ class Store:
     @property
     def id(self) -> str:
         return store_id([generation.plan for generation in self.generations])
+
+    @property
+    def num_classes(self) -> int:
+        """Of its rows."""
+        return self.plan.num_classes
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Their names, where the teacher has them."""
+        names: list[str] | None = self.plan.teacher["classes"]
+        return None if names is None else tuple(names)
 
     @property
     def views(self) -> int:

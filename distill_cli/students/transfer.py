@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,13 +9,11 @@ import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_levit
 from torch import Tensor, nn
 
+from distill_cli.class_maps import NEW, read_class_map
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
 from distill_cli.report import Report
 from distill_cli.students.weights import digest, fill, read_card, read_weights, run_weights
-
-NEW = -1
-"""In a class map: a class that the weights do not know."""
 
 
 def check_begin(source: str | None, class_map: str | None, pretrained: bool) -> None:
@@ -37,7 +34,7 @@ def begin_from(
 
     Args:
         source: a finished run, or a weights file.
-        class_map: a file, see `read_class_map`.
+        class_map: a file, see `read_class_map`; `NEW` is a class that the weights do not know.
         classes: the student's, where they have names.
 
     Raises:
@@ -47,7 +44,7 @@ def begin_from(
         return {"init_from": None, "class_map": None}
     path = run_weights(Path(source)) if Path(source).is_dir() else Path(source)
     weights, card = read_weights(path), read_card(path)
-    chosen = None if class_map is None else read_class_map(Path(class_map))
+    chosen = None if class_map is None else read_class_map(Path(class_map), "student.class_map")
     if chosen is None:
         rows, how = _rows(student, weights, classes, card.classes if card else None)
     else:
@@ -59,26 +56,6 @@ def begin_from(
     else:
         report.stage(f"beginning from {path}, its classifier's rows {how}")
     return {"init_from": digest(weights), "class_map": sha256(canonical_json(chosen)) if chosen else None}
-
-
-def read_class_map(path: Path) -> list[int]:
-    """For each class of the student its class in the weights, or `NEW`: a JSON list, or whole numbers in a text.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    try:
-        text = path.read_text()
-        rows = json.loads(text) if path.suffix == ".json" else [int(word) for word in text.split()]
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UsageError(f"student.class_map {path}: cannot be read ({reason}); give class ids") from error
-    rows = [NEW if row is None else row for row in rows] if isinstance(rows, list) else None
-    if not rows or not all(type(row) is int and row >= NEW for row in rows):
-        raise UsageError(
-            f"student.class_map {path}: is no list of class ids; give one for each class, -1 for a new one"
-        )
-    return rows
 
 
 def fit_head(student: nn.Module, weights: Mapping[str, Tensor], rows: Sequence[int] | None) -> dict[str, Tensor]:

@@ -49,7 +49,9 @@ class Card:
     objective: str
     teacher: str | None = None
     store: str | None = None
-    """The store's id."""
+    """The store's id; of several, as `teacher`, with a comma between."""
+    averaging: Mapping[str, Any] | None = None
+    """`weights` and `average` of several stores, the sha256 of `class_maps` where there are any."""
     init_from: str | None = None
     """The sha256 of the weights that the run began from."""
     ema_decay: float | None = None
