@@ -33,7 +33,7 @@ from distill_cli.data.config import DataConfig
 from distill_cli.data.loader import Batches, load
 from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import Source, fingerprint
-from distill_cli.data.views import resolve_view, train_transform
+from distill_cli.data.views import View, resolve_view, train_transform
 from distill_cli.replay import SparseRows
 from distill_cli.store.plan import PROBES, Plan
 from distill_cli.store.reader import Store
@@ -75,15 +75,15 @@ def make(root: Path, images: int) -> None:
         path.write_bytes(encoded.getvalue())
 
 
-def store(path: Path, source: Source) -> Store:
-    """A store of these images with rows of noise."""
+def store(path: Path, source: Source, view: View, views: int = VIEWS, top_k: int = 10) -> Store:
+    """A store of a view of these images, with rows of noise."""
     plan = Plan(
         teacher={"name": "noise", "weights_sha256": "0" * 64, "num_classes": CLASSES, "classes": None},
         data=fingerprint(source),
-        transform=resolve_view(DataConfig(auto_augment=POLICY), MODEL).table,
+        transform=view.table,
         samples=len(source),
-        views=VIEWS,
-        top_k=10,
+        views=views,
+        top_k=top_k,
         shard_rows=4096,
         seed=0,
         precision="fp32",
@@ -94,8 +94,8 @@ def store(path: Path, source: Source) -> Store:
     rng = np.random.default_rng(0)
     for view, shard in list(writer.missing()):
         ids = plan.dealing.sample_ids(shard)
-        prob = -np.sort(-rng.dirichlet(np.full(CLASSES, 0.01), len(ids)).astype(np.float32), axis=1)[:, :10]
-        class_id = np.tile(np.arange(10), (len(ids), 1))
+        prob = -np.sort(-rng.dirichlet(np.full(CLASSES, 0.01), len(ids)).astype(np.float32), axis=1)[:, :top_k]
+        class_id = np.tile(np.arange(top_k), (len(ids), 1))
         with np.errstate(divide="ignore"):
             rows = Rows(ids, class_id, np.log(prob), np.log(np.maximum(1e-30, 1 - prob.sum(axis=1))), None)
         writer.write(view, shard, rows, np.zeros(min(PROBES, len(ids)), np.uint32))
@@ -213,7 +213,7 @@ def main() -> None:
     root = asked.dir / "images"
     source = open_source(str(root), "train")
     assert source is not None
-    rows = store(asked.dir / "store", source)
+    rows = store(asked.dir / "store", source, resolve_view(DataConfig(auto_augment=POLICY), MODEL))
     modes = transforms.InterpolationMode
     for workers in asked.workers:
         cases: dict[str, Callable[[], Iterator[Any]]] = {

@@ -1,5 +1,6 @@
 """A run's metrics over time: one JSON object a line in metrics.jsonl, and the same for its other trackers."""
 
+import contextlib
 import io
 import json
 import resource
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill_cli.errors import DamagedError, Stopped
-from distill_cli.files import write_atomic
+from distill_cli.files import named, write_atomic
 from distill_cli.objectives import Losses
 from distill_cli.trackers import End, Tracker, Values
 
@@ -64,8 +65,9 @@ class History:
             self._rank(step, values)
         if not self._write:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with named(self._run / METRICS):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         for tracker in self._trackers:
             tracker.log(step, values, prefix)
 
@@ -90,7 +92,9 @@ class History:
 
     def finish(self, end: End) -> None:
         if self._write:
-            self._file.close()
+            # A line that did not get to the disk has been an error already.
+            with contextlib.suppress(OSError):
+                self._file.close()
         for tracker in self._trackers:
             tracker.finish(end)
 

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -55,8 +55,8 @@ class Report:
     def logged(self, folder: Path) -> Iterator[None]:
         """Keep what is said while the block runs, quiet or not, in a file of its own in `folder`; the oldest go."""
         folder.mkdir(exist_ok=True)
-        with (folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log").open("a") as file:
-            self._log = _Log(file)
+        path = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
+        with closing(_Log(path.open("a"))) as self._log:
             try:
                 yield
             except Exception as error:
@@ -64,7 +64,8 @@ class Report:
                 raise
             finally:
                 self._log = None
-        for old in sorted(folder.glob("*.log"))[:-LOGS]:
+        # A clock that was set back makes this one the oldest by its name.
+        for old in sorted(set(folder.glob("*.log")) - {path})[: 1 - LOGS]:
             old.unlink(missing_ok=True)
 
     @contextmanager
@@ -111,18 +112,23 @@ class _Both:
 
 
 class _Log:
-    """A file of lines with their times."""
+    """A file of lines with their times; a line that the disk has no room for is lost, and the work goes on."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
     def write(self, line: str) -> None:
         if line.strip():
-            self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line.rstrip()}\n")
-            self._file.flush()
+            with suppress(OSError):
+                self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line.rstrip()}\n")
+                self._file.flush()
 
     def flush(self) -> None:
         pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()
 
 
 class _Lines:

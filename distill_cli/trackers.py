@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_cli.errors import UsageError
-from distill_cli.files import write_atomic
+from distill_cli.files import named, write_atomic
 
 Values = Mapping[str, float | int | None]
 End = Literal["finished", "stopped", "failed"]
@@ -59,17 +59,21 @@ class TensorBoard:
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=step + 1)
+        self._folder = run / TENSORBOARD
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def log(self, step: int, values: Values, prefix: str) -> None:
-        for name, value in _named(values, prefix).items():
-            self._writer.add_scalar(name, value, step)
+        with named(self._folder):
+            for name, value in _named(values, prefix).items():
+                self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
-        self._writer.add_image(name, image, step, dataformats="HWC")
+        with named(self._folder):
+            self._writer.add_image(name, image, step, dataformats="HWC")
 
     def finish(self, end: End) -> None:
-        self._writer.close()
+        with named(self._folder):
+            self._writer.close()
 
 
 class WandB:

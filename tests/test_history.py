@@ -40,6 +40,15 @@ def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     assert lines == [{"step": 1, "loss": 2.5, "lr": 0.1}, {"step": 1, "top1": 50.0, "top5": None}]
 
 
+def test_a_full_disk_is_told_by_the_file_that_it_had_no_room_for(tmp_path: Path) -> None:
+    history = History(tmp_path, 0)
+    history._file.close()
+    with Path("/dev/full").open("a") as history._file:
+        with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+            history.log(1, {"loss": 2.5}, "train")
+        history.finish("failed")
+
+
 def test_lines_beyond_the_checkpoint_are_taken_back(tmp_path: Path) -> None:
     _log(tmp_path, 0, range(1, 6))
     _log(tmp_path, 3, range(4, 7))

@@ -1,5 +1,7 @@
 import io
+import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +80,27 @@ def test_quiet_says_nothing_but_warnings() -> None:
 def test_a_stage_is_a_line() -> None:
     stream = io.StringIO()
     Report(stream=stream).stage("opening the data")
+    assert stream.getvalue() == "opening the data\n"
+
+
+def test_the_newest_logs_stay_and_this_one_too_where_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for hour in (*range(1, 13), 0):
+        monkeypatch.setattr(report.time, "strftime", lambda _, hour=hour: f"{hour:02d}")
+        quiet = Report(quiet=True)
+        with quiet.logged(tmp_path):
+            quiet.stage("opening the data")
+    assert [int(path.name[:2]) for path in sorted(tmp_path.iterdir())] == [0, *range(4, 13)]
+
+
+def test_a_log_without_room_on_the_disk_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report.time, "strftime", lambda _: "now")
+    (tmp_path / f"now-{os.getpid()}.log").symlink_to("/dev/full")
+    stream = io.StringIO()
+    said = Report(stream=stream)
+    with said.logged(tmp_path):
+        said.stage("opening the data")
     assert stream.getvalue() == "opening the data\n"
 
 

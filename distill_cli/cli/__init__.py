@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit by the codes of `errors.py`; an error is one line on stderr."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
+    threading.excepthook = _say_thread
     try:
         code = app(arguments, standalone_mode=False)
     except DistillError as error:
@@ -85,6 +87,14 @@ def _fail(message: str, code: int) -> NoReturn:
         rank = os.environ.get("RANK", "0")
         print(f"distill: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _say_thread(ended: threading.ExceptHookArgs) -> None:
+    """A thread of a library has ended by an error; where that matters the main thread meets it too."""
+    if os.environ.get("DISTILL_DEBUG") == "1":
+        threading.__excepthook__(ended)
+    else:
+        print(f"warning: a thread ended by {ended.exc_type.__name__}: {ended.exc_value}", file=sys.stderr, flush=True)
 
 
 def _stop(number: int, _frame: object) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def distill() -> Cli:
     def run(*arguments: str | Path) -> Result:
         out, err = io.StringIO(), io.StringIO()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        of_threads = threading.excepthook
         code: Any = None
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -31,6 +33,7 @@ def distill() -> Cli:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            threading.excepthook = of_threads
         return Result(code, out.getvalue(), err.getvalue())
 
     return run

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distill_cli.checkpoint import checkpoints, step_of
+
 ROOT = Path(__file__).parents[2]
 SMALL_TEACHER = ("--set", "student.kwargs={layers=[1,1,1,1],channels=[8,8,16,16]}", "--student", "resnet18")
 SMALL_STUDENT = (
@@ -17,11 +19,16 @@ SMALL_STUDENT = (
 )  # fmt: skip
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    """Start a command with one thread, as everything here must be the same bit for bit."""
+def start(*arguments: str | Path, before: str | None = None) -> subprocess.Popen[str]:
+    """Start a command with one thread, as everything here must be the same bit for bit.
+
+    Args:
+        before: Python that its process runs first.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = ["-m", "distill_cli"] if before is None else ["-c", f"{before}\nfrom distill_cli.cli import main\nmain()"]
     return subprocess.Popen(
-        [sys.executable, "-m", "distill_cli", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -39,9 +46,9 @@ def kill(process: subprocess.Popen[str]) -> None:
         pipe.close()
 
 
-def run(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
+def run(*arguments: str | Path, code: int = 0, before: str | None = None) -> tuple[str, str]:
     """Run a command to its end; gives stdout and stderr."""
-    process = start(*arguments)
+    process = start(*arguments, before=before)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     return out, err
@@ -58,6 +65,35 @@ def capture(teacher: Path, folder: Path, out: Path) -> tuple[str | Path, ...]:
         "teacher-logits", "--teacher", teacher, "--data", folder, "--views", "2", "--shard-rows", "100",
         "--batch-size", "32", "--workers", "1", "--out", out,
     )  # fmt: skip
+
+
+def distil(store: Path, folder: Path, out: Path, *more: str) -> tuple[str | Path, ...]:
+    """The command that trains `undisturbed`: three epochs of twelve steps, saved after every fifth."""
+    return (
+        "train", *SMALL_STUDENT, "--store", store, "--data", folder, "--objective", "deit", "--epochs", "3",
+        "--batch-size", "50", "--set", "train.save_every=5", "--set", "train.log_every=1", "--workers", "1",
+        "--out", out, *more,
+    )  # fmt: skip
+
+
+def saved(run: Path) -> list[int]:
+    """The steps of a run's checkpoints."""
+    return [step_of(path) for path in checkpoints(run)]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what the machine decides."""
+    measured = ("images_per_s", "data_wait", "memory_mb")
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in measured} for line in lines]
+
+
+def check_same(run: Path, undisturbed: Path) -> None:
+    """A run is finished and the same as one that was left alone, and nothing half-written lies about."""
+    assert (run / "result.json").exists()
+    assert (run / "student.safetensors").read_bytes() == (undisturbed / "student.safetensors").read_bytes()
+    assert metrics(run) == metrics(undisturbed)
+    assert not list(run.rglob(".*"))
 
 
 def contents(root: Path) -> dict[str, bytes]:

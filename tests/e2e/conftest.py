@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import SMALL_TEACHER, capture, run_json
+from commands import SMALL_TEACHER, capture, distil, run_json
 
 from distill_cli.data.idx import open_sample
 
@@ -40,4 +40,12 @@ def store(folder: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory)
     """Two views of the images, in shards of 100 rows, never disturbed."""
     out = tmp_path_factory.mktemp("store") / "store"
     run_json(*capture(teacher, folder, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(folder: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a student of that store, left alone; not to be written to."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_json(*distil(store, folder, out))
     return out
