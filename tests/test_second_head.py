@@ -1,11 +1,13 @@
 """A second classifier in training; one, under timm's names, in what is delivered."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from distill_cli.clipping import _classifier
@@ -15,6 +17,7 @@ from distill_cli.objectives.deit import DeiTConfig
 from distill_cli.optim import TrainConfig, parameter_groups
 from distill_cli.students.build import parameters_in_millions
 from distill_cli.students.second_head import Dropped, add_second_head, second_head, timm_weights
+from distill_cli.students.weights import Card, save_student
 
 TINYVIT = {"depths": [1, 1, 1, 1], "embed_dims": [16, 32, 32, 32], "num_heads": [1, 2, 2, 2]}
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -94,3 +97,14 @@ def test_layer_decay_takes_it_for_a_head(name: str) -> None:
 def test_agc_leaves_it_alone_as_it_does_the_first() -> None:
     student = make("resnet18")
     assert _classifier(student) == {*student.fc.parameters(), *student.head_dist.parameters()}
+
+
+def test_what_a_run_delivers_loads_into_timm(tmp_path: Path) -> None:
+    student = timm.create_model("resnet18", num_classes=5, layers=[1, 1, 1, 1], channels=[8, 8, 8, 8])
+    add_second_head(student, "average", 32)
+    torch.nn.init.normal_(student.get_submodule("head_dist").weight)
+    save_student(tmp_path / "student.safetensors", student, Card("resnet18", {}, 5, None, {}, "0", "0", "deit"))
+    fresh = timm.create_model("resnet18", num_classes=5, layers=[1, 1, 1, 1], channels=[8, 8, 8, 8])
+    fresh.load_state_dict(load_file(tmp_path / "student.safetensors"))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(fresh.eval()(images), student.eval()(images), rtol=1e-4, atol=1e-5)
