@@ -1,10 +1,10 @@
 """What the commands cost over bare loops, as ratios of runs in turn, and how fast `--help` answers.
 
-    python benchmarks/overhead.py TEACHER_RUN STORE
+    python benchmarks/overhead.py TEACHER_RUN
 
 Capture: `teacher-logits` against the same teacher called on the same batches of the same loader: the given teacher on
 the shipped sample, and a ResNet-18 of 1,000 classes on 64 px, k = 100.
-Training: the steps of `train` with a store against a bare loop over the same batches with the same student and AdamW.
+Training: benchmarks/train.py.
 """
 
 import shutil
@@ -18,21 +18,18 @@ from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from distill_cli import train
 from distill_cli.capture import CaptureOrder, batches_of, fill, open_capture
 from distill_cli.config import RuntimeConfig
 from distill_cli.data.idx import open_sample
 from distill_cli.distributed import World, world
-from distill_cli.experiment import open_experiment
 from distill_cli.locks import shared
 from distill_cli.recipe import Recipe, load
 from distill_cli.report import Report
 from distill_cli.store.writer import StoreWriter
 
-ROUNDS, STEPS, LARGE_IMAGES = 5, 150, 1024
+ROUNDS, LARGE_IMAGES = 5, 1024
 QUIET = Report(quiet=True)
 
 
@@ -71,27 +68,6 @@ def large_teacher(folder: Path) -> Recipe:
     return load(None, (), {path: ("benchmark", value) for path, value in values.items()}).recipe
 
 
-def training(recipe: Recipe, here: World) -> tuple[Callable[[], None], Callable[[], None]]:
-    setup = open_experiment(recipe, here, QUIET)
-
-    def ours() -> None:
-        for step, batch in enumerate(train._training_batches(setup, 0, STEPS, here)):
-            train._step(setup.objective, batch, step, setup, here)
-
-    def bare() -> None:
-        student = setup.objective.student
-        plain = torch.optim.AdamW(student.parameters(), lr=1e-3)
-        student.train()
-        for batch in train._training_batches(setup, 0, STEPS, here):
-            logits, _ = student(batch.images)
-            loss = F.cross_entropy(logits, batch.labels)
-            plain.zero_grad()
-            loss.backward()
-            plain.step()
-
-    return ours, bare
-
-
 def ratio(ours: Callable[[], None], bare: Callable[[], None]) -> str:
     """Time of ours over time of bare, in turn."""
     ours(), bare()
@@ -111,17 +87,15 @@ def help_time(command: list[str]) -> str:
     return f"{statistics.median(times):.3f} s ({times[0]:.3f} to {times[-1]:.3f})"
 
 
-def main(teacher: str, store: str) -> None:
+def main(teacher: str) -> None:
     flags = {"teacher.name": ("--teacher", teacher), "store.views": ("--views", 1)}
     with world(RuntimeConfig()) as here:
         print("teacher-logits / bare loop:", ratio(*capture(load("quickstart-student", (), flags).recipe, here)))
         with tempfile.TemporaryDirectory() as folder:
             print("  … of a ResNet-18, k = 100: ", ratio(*capture(large_teacher(Path(folder)), here)))
-        stored = {"store.path": ("--store", store)}
-        print("train step / bare step:    ", ratio(*training(load("quickstart-student", (), stored).recipe, here)))
     print("distill --help:            ", help_time([sys.executable, "-m", "distill_cli", "--help"]))
     print("python -c pass:            ", help_time([sys.executable, "-c", "pass"]))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
