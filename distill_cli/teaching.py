@@ -106,7 +106,8 @@ def check_needs(config: ObjectiveConfig, recipe: Recipe, source: Source, store: 
     """
     if "labels" in needs_of(config) and source.labels is None:
         raise UsageError(
-            f"objective {config.name}: learns from labels, which --data {recipe.data.path} has not; use tinyvit"
+            f"objective {config.name}: learns from labels, which --data {recipe.data.path} has not; "
+            "use tinyvit without label_weight and dkd"
         )
     if store is None:
         return

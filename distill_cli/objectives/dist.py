@@ -32,7 +32,7 @@ def inter(logits: Tensor, target: SparseTarget) -> Tensor:
     Args:
         logits: of the student, at the target's temperature, `[batch, classes]`.
 
-    Paper: Huang et al. 2022, arXiv:2205.10536, eq. 9.
+    Paper: Huang et al. 2022, arXiv:2205.10536, the inter-class relation.
     """
     classes, tail = target.num_classes, target.tail
     q = logits.softmax(dim=-1) - 1 / classes
@@ -56,7 +56,7 @@ def intra(logits: Tensor, target: SparseTarget) -> Tensor:
     Args:
         logits: of the student, at the target's temperature, `[batch, classes]`.
 
-    Paper: Huang et al. 2022, arXiv:2205.10536, eq. 10.
+    Paper: Huang et al. 2022, arXiv:2205.10536, the intra-class relation.
     Differs: with accumulation and under torchrun, by the part of the batch that is seen at once.
     """
     q = logits.softmax(dim=-1)

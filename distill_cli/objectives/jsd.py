@@ -27,7 +27,7 @@ def jsd(logits: Tensor, target: SparseTarget) -> Tensor:
     Args:
         logits: of the student, at the target's temperature, `[batch, classes]`.
 
-    Paper: Lin 1991, IEEE Trans. Inf. Theory 37(1), eq. 4.1 with equal weights.
+    Paper: Lin 1991, IEEE Trans. Inf. Theory 37(1), with equal weights.
     """
     log_q = logits.log_softmax(dim=-1)
     entries, tail = log_q.gather(-1, target.class_id), target.tail.unsqueeze(-1)

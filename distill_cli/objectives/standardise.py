@@ -21,7 +21,7 @@ def deviation(logits: Tensor) -> Tensor:
 
     so that of the z-score only the deviation is left: a temperature of the row.
 
-    Paper: Sun et al. 2024, arXiv:2403.01427, eq. 10 and 13.
+    Paper: Sun et al. 2024, arXiv:2403.01427, the Z-score before the softmax.
     Differs: the deviation divides by C, as in the paper; the authors' code divides by C - 1.
     """
     centred = logits - logits.mean(dim=-1, keepdim=True)
