@@ -48,6 +48,11 @@ class SparseLogits:
         return torch.full((batch,), k, device=self.class_id.device) if self.count is None else self.count
 
     @property
+    def entries(self) -> Tensor:
+        """What is not padding: bool `[batch, k]`."""
+        return _entries(self.counts, self.class_id.shape[-1])
+
+    @property
     def top1(self) -> Tensor:
         """The first class, int64 `[batch]`: the most probable, or in a row of draws alone the most drawn."""
         return self.class_id[:, 0]
@@ -218,7 +223,7 @@ def soften(rows: SparseLogits, num_classes: int, temperature: float | Tensor = 1
     masses = parts.softmax(dim=-1)
     prob, tail = masses[:, :-1], masses[:, -1:] / others.clamp(min=1).unsqueeze(-1)
     if rows.count is not None:
-        prob = torch.where(_entries(rows.count, prob.shape[-1]), prob, tail)
+        prob = torch.where(rows.entries, prob, tail)
     return SparseTarget(rows.class_id, prob, tail.squeeze(-1), num_classes)
 
 

@@ -40,18 +40,17 @@ def row_deviation(rows: SparseLogits, num_classes: int) -> Tensor:
         rows: with a tail wherever classes remain, see `with_tail`.
     """
     others = (num_classes - rows.counts).unsqueeze(-1)
-    entries = torch.arange(rows.class_id.shape[-1], device=rows.class_id.device) < rows.counts.unsqueeze(-1)
-    values = torch.where(entries, rows.log_prob, 0)
+    values = torch.where(rows.entries, rows.log_prob, 0)
     one = torch.where(others > 0, rows.log_tail.unsqueeze(-1) - others.clamp(min=1).log(), 0)
     mean = (values.sum(dim=-1, keepdim=True) + others * one) / num_classes
-    squares = torch.where(entries, values - mean, 0).square().sum(dim=-1, keepdim=True) + others * (one - mean).square()
-    return (squares / num_classes).sqrt() + EPSILON
+    head = torch.where(rows.entries, values - mean, 0).square().sum(dim=-1, keepdim=True)
+    return ((head + others * (one - mean).square()) / num_classes).sqrt() + EPSILON
 
 
 @torch.no_grad()
 def with_tail(rows: SparseLogits, num_classes: int) -> SparseLogits:
     """The rows, an empty tail having `LEAST`, but none of its classes more than the least of the entries."""
     others = (num_classes - rows.counts).clamp(min=1).log()
-    least = rows.log_prob.masked_fill(rows.log_prob == -torch.inf, torch.inf).amin(dim=-1) + others
+    least = rows.log_prob.masked_fill(~rows.entries, torch.inf).amin(dim=-1) + others
     empty = least.clamp(max=math.log(LEAST))
     return replace(rows, log_tail=torch.where(rows.log_tail == -torch.inf, empty, rows.log_tail))

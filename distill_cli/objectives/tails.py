@@ -43,7 +43,7 @@ def bucket_cross_entropy(logits: Tensor, rows: SparseLogits, target: SparseTarge
         logits: of the student, at the target's temperature, `[batch, classes]`.
         rows: what the target was made of.
     """
-    entries, outside = _entries(rows), target.num_classes - rows.counts
+    entries, outside = rows.entries, target.num_classes - rows.counts
     # Padding is class 0, which may be outside: in its place stands the row's first class.
     class_id = torch.where(entries, rows.class_id, rows.class_id[:, :1])
     log_norm = logits.logsumexp(dim=-1)
@@ -58,12 +58,6 @@ def bucket_cross_entropy(logits: Tensor, rows: SparseLogits, target: SparseTarge
 
 def bucket_entropy(rows: SparseLogits, target: SparseTarget) -> Tensor:
     """-sum_k p_k log p_k - p_o log p_o; `[batch]`."""
-    head = torch.where(_entries(rows), torch.special.entr(target.prob), 0).sum(dim=-1)
+    head = torch.where(rows.entries, torch.special.entr(target.prob), 0).sum(dim=-1)
     outside: Tensor = torch.special.entr((target.num_classes - rows.counts) * target.tail)
     return head + outside
-
-
-def _entries(rows: SparseLogits) -> Tensor:
-    """What is not padding: bool `[batch, k]`."""
-    places = torch.arange(rows.class_id.shape[-1], device=rows.class_id.device)
-    return places < rows.counts.unsqueeze(-1)
