@@ -35,6 +35,7 @@ class LiveTeacher:
         self._scale, self._shift = scale / own_scale, (shift - own_shift) / own_scale
         self._taps: Taps | None = None
         self._names: tuple[str, ...] = ()
+        # Until `rows` is asked for, a forward pass ends at the last layer that is tapped.
         self._whole = False
         self._last: tuple[Tensor, Tensor | None, dict[str, Tensor]] | None = None
 
@@ -47,10 +48,6 @@ class LiveTeacher:
         for name in names:
             find_module(self.model, name.removesuffix(INPUT))
         self._names += names
-
-    def ask_logits(self) -> None:
-        """Say that `rows` will be asked for: without this a forward pass ends at the last layer that is tapped."""
-        self._whole = True
 
     def normalised(self, images: Tensor) -> Tensor:
         """The student's images `[batch, 3, height, width]` as the teacher is used to them: its mean, std and size."""
@@ -66,17 +63,19 @@ class LiveTeacher:
 
     def rows(self, images: Tensor) -> SparseLogits:
         """Its whole distribution for each of the student's images: k is the number of classes."""
+        self._whole = True
         logits = self._look(images)[0]
         assert logits is not None
         return top_k(logits, logits.shape[-1])
 
     @torch.no_grad()
     def _look(self, images: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
-        if self._last is not None and self._last[0] is images:
+        if self._last is not None and self._last[0] is images and (self._last[1] is not None or not self._whole):
             return self._last[1:]
         self._last = None
         if self._taps is None:
-            self._taps = Taps(self.model, self._names, stop=not self._whole)
+            self._taps = Taps(self.model, self._names)
+        self._taps.stop = not self._whole
         logits = None
         with contextlib.suppress(Enough):
             logits = self.model(self.normalised(images))

@@ -44,7 +44,6 @@ def test_it_looks_once_at_a_batch_however_many_ask() -> None:
     model = Counting()
     teacher = make(model)
     teacher.tap("first")
-    teacher.ask_logits()
     images = torch.rand(2, 3, 8, 8)
     rows, inside = teacher.rows(images), teacher.inside(images)
     assert model.done == ["first", "second", "head"]
@@ -52,6 +51,16 @@ def test_it_looks_once_at_a_batch_however_many_ask() -> None:
     torch.testing.assert_close(inside["first"], model.first(teacher.normalised(images)))
     teacher.inside(images.clone())
     assert model.done.count("head") == 3
+
+
+def test_logits_may_be_asked_for_after_layers() -> None:
+    model = Counting()
+    teacher = make(model)
+    teacher.tap("first")
+    images = torch.rand(2, 3, 8, 8)
+    teacher.inside(images)
+    assert model.done == ["first"]
+    assert teacher.rows(images).log_prob.shape == (2, 7)
 
 
 def test_it_looks_no_further_than_it_is_asked() -> None:
