@@ -44,7 +44,7 @@ def data(
         sets or (),
         flags(
             ("--data", "data.path", path),
-            ("--store", "store.path", store or None),
+            ("--store", "store.path", store),
             ("--cache", "data.cache", cache),
             ("--batch-size", "train.batch_size", batch_size),
             ("--views-per-read", "train.views_per_read", views_per_read),

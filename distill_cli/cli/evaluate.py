@@ -56,7 +56,7 @@ def command(
             ("--pretrained", "student.pretrained", pretrained),
             ("--data", "data.path", data),
             ("--cache", "data.cache", cache),
-            ("--store", "store.path", store or None),
+            ("--store", "store.path", store),
             ("--trust", "store.trust", trust),
             ("--fail-below", "eval.fail_below", fail_below),
             ("--image-size", "data.image_size", image_size),

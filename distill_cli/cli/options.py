@@ -94,7 +94,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 
 def flags(*given: tuple[str, str, Any]) -> dict[str, tuple[str, Any]]:
     """(flag, recipe path, value) of the flags that were given, as `recipe.load` takes them."""
-    return {path: (flag, value) for flag, path, value in given if value is not None and value is not False}
+    # What typer gives where there is none: None, False, or of a repeatable one an empty list.
+    return {path: (flag, value) for flag, path, value in given if not (value is None or value is False or value == [])}
 
 
 def part(shards: str | None) -> tuple[int, int] | None:

@@ -82,7 +82,7 @@ def command(
             ("--teacher-weights", "teacher.weights", teacher_weights),
             ("--teacher-pretrained", "teacher.pretrained", teacher_pretrained),
             ("--live", "teacher.live", live),
-            ("--store", "store.path", store or None),
+            ("--store", "store.path", store),
             ("--trust", "store.trust", trust),
             ("--data", "data.path", data),
             ("--cache", "data.cache", cache),
