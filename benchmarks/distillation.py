@@ -14,16 +14,14 @@ it is the tinyvit student of the same seed.
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fashion_mnist import distill
 from safetensors.torch import load_file
 
 from distill_cli.files import write_json
@@ -157,12 +155,13 @@ class Runner:
             self.started[need].result()
         places = {name: str(self.given.work / name) for name in self.every}
         arguments = [argument.format_map(places) if "{" in argument else argument for argument in job.arguments]
+        threads = 1 if self.given.device == "cpu" else None
         data = ("--data", str(self.given.data), "--seed", str(job.seed))
         if job.arguments[0] == "store":
-            distill([*arguments, "--out", places[job.name]], self.given.device)
+            distill(*arguments, "--out", places[job.name], threads=threads)
             return job.name, {}
         here = ("--device", self.given.device, "--workers", "0" if self.given.device == "cpu" else "4")
-        summary = distill([*arguments, *data, *here, "--out", places[job.name]], self.given.device)
+        summary = distill(*arguments, *data, *here, "--out", places[job.name], threads=threads)
         if arguments[0] != "train":
             return job.name, {}
         run = Path(places[job.name])
@@ -175,16 +174,6 @@ class Runner:
             "extra_m": round(extra_parameters(run, summary["parameters_m"]), 3),
             "memory_mb": max(line["memory_mb"] for line in lines if "memory_mb" in line),
         }
-
-
-def distill(arguments: list[str], device: str) -> dict[str, Any]:
-    """Run a command and give its JSON."""
-    words = [sys.executable, "-m", "distill_cli", *arguments, "--json", "--quiet"]
-    print("distill", *words[3:-2], file=sys.stderr, flush=True)
-    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})}
-    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    values: dict[str, Any] = json.loads(done.stdout)
-    return values
 
 
 def extra_parameters(run: Path, of_student: float) -> float:

@@ -58,11 +58,15 @@ def one_seed(data: Path, out: Path, seed: int, epochs: int) -> dict[str, float]:
     return top1
 
 
-def distill(*arguments: Any) -> dict[str, Any]:
-    """Run a command and give its JSON."""
+def distill(*arguments: Any, threads: int | None = 1) -> dict[str, Any]:
+    """Run a command and give its JSON.
+
+    Args:
+        threads: of torch; None leaves it to the command.
+    """
     words = [sys.executable, "-m", "distill_cli", *map(str, arguments), "--json", "--quiet"]
     print("distill", *words[3:-2], file=sys.stderr, flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     values: dict[str, Any] = json.loads(done.stdout)
     return values
