@@ -227,14 +227,23 @@ def soften(rows: SparseLogits, num_classes: int, temperature: float | Tensor = 1
     return SparseTarget(rows.class_id, prob, tail.squeeze(-1), num_classes)
 
 
+def cooled(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """logits / T; half precisions are taken in float32.
+
+    Args:
+        temperature: T > 0, or one of each row `[batch, 1]`.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return logits if not isinstance(temperature, Tensor) and temperature == 1 else logits / temperature
+
+
 def cross_entropy(logits: Tensor, target: SparseTarget, temperature: float | Tensor = 1.0) -> Tensor:
     """-sum_c p_c log q_c with q = softmax(logits / T), never densified; `[batch]`.
 
     Args:
         logits: `[batch, classes]`; half precisions are taken in float32.
     """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    logits = logits if not isinstance(temperature, Tensor) and temperature == 1 else logits / temperature
+    logits = cooled(logits, temperature)
     log_norm = logits.logsumexp(dim=-1)
     log_q = logits.gather(-1, target.class_id) - log_norm.unsqueeze(-1)
     log_q_sum = logits.sum(dim=-1) - target.num_classes * log_norm

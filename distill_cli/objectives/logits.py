@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
@@ -18,7 +17,7 @@ from distill_cli.objectives.jsd import JSDConfig, jsd
 from distill_cli.objectives.ramps import Temperature, is_one
 from distill_cli.objectives.standardise import deviation, row_deviation, with_tail
 from distill_cli.objectives.tails import Tail, bucket_cross_entropy, bucket_entropy, renormalised
-from distill_cli.sparse import SparseLogits, SparseTarget, cross_entropy, entropy, soften
+from distill_cli.sparse import SparseLogits, SparseTarget, cooled, cross_entropy, entropy, soften
 
 
 @section
@@ -107,15 +106,14 @@ class RowLoss:
 
     def at_temperature(self, logits: Tensor, rows: SparseLogits) -> tuple[Tensor, SparseLogits, SparseTarget]:
         """The student's logits, the rows with the tail that is asked for, and these as a distribution."""
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        logits = cooled(logits)
         classes, ours, theirs = logits.shape[-1], self.temperature, self.temperature
         if self.config.tail == "renormalise":
             rows = renormalised(rows)
         if self.config.standardise:
             rows = with_tail(rows, classes)
             ours, theirs = ours * deviation(logits), theirs * row_deviation(rows, classes)
-        logits = logits if isinstance(ours, float) and ours == 1 else logits / ours
-        return logits, rows, soften(rows, classes, theirs)
+        return cooled(logits, ours), rows, soften(rows, classes, theirs)
 
 
 def soft_loss(
