@@ -50,10 +50,6 @@ class Ensemble(Store):
         _check_sampled(self)
 
     @property
-    def stores(self) -> tuple[Store, ...]:
-        return (self, *self.beside)
-
-    @property
     def with_maps(self) -> list[tuple[Store, ClassMap | None]]:
         return list(zip(self.stores, self.maps, strict=True))
 
@@ -66,10 +62,6 @@ class Ensemble(Store):
         """Those of the first teacher that names the student's."""
         named = (_names(store) for store, chosen in self.with_maps if chosen is None)
         return next(filter(None, named), None)
-
-    @property
-    def sampled(self) -> bool:
-        return any(map(_sampled, self.stores))
 
     def rows(self, view: int, sample_ids: NDArray[np.int64]) -> Rows:
         """As `Store`, averaged.
@@ -115,7 +107,7 @@ def identity_of(store: Store | None) -> dict[str, Any]:
     """What a run's attempts must agree in of what taught it: the store's id, or the ids of several, and `averaging`."""
     plain = {"weights": None, "average": None, "class_maps": None}
     averaging = store.averaging if isinstance(store, Ensemble) else plain
-    ids = [] if store is None else [each.id for each in (store, *store.beside)]
+    ids = [each.id for each in store.stores] if store else []
     return {"store": ids if len(ids) > 1 else next(iter(ids), None)} | {
         f"store.{name}": value for name, value in averaging.items()
     }
@@ -125,11 +117,10 @@ def lineage_of(store: Store | None) -> dict[str, Any]:
     """The same for a card: `teacher` and `store`, those of several with a comma between, and `averaging`."""
     if store is None:
         return {}
-    stores = (store, *store.beside)
     averaging = {name: value for name, value in store.averaging.items() if value} if isinstance(store, Ensemble) else {}
     return {
-        "teacher": ", ".join(each.plan.teacher["name"] for each in stores),
-        "store": ", ".join(each.id for each in stores),
+        "teacher": ", ".join(each.plan.teacher["name"] for each in store.stores),
+        "store": ", ".join(each.id for each in store.stores),
         "averaging": averaging or None,
     }
 
@@ -143,10 +134,6 @@ def _rows(store: Store, chosen: ClassMap | None, view: int, sample_ids: NDArray[
 def _names(store: Store) -> tuple[str, ...] | None:
     names = store.plan.teacher["classes"]
     return names and tuple(names)
-
-
-def _sampled(store: Store) -> bool:
-    return any(generation.plan.sample for generation in store.generations)
 
 
 def _check_length(name: str, values: Sequence[object], stores: int) -> None:
@@ -274,12 +261,12 @@ def _check_sampled(ensemble: Ensemble) -> None:
         MismatchError: sampled rows are to be what they cannot be.
     """
     for store, chosen in ensemble.with_maps:
-        if _sampled(store) and ensemble.average == "log" and ensemble.beside:
+        if store.sampled and ensemble.average == "log" and ensemble.beside:
             raise MismatchError(
                 f"store.average: log asked, the rows of store {store} are sampled, and the logs of draws have another "
                 "mean; give store.average=probability, or a store without --sample"
             )
-        if _sampled(store) and chosen is not None:
+        if store.sampled and chosen is not None:
             raise MismatchError(
                 f"store.class_maps: the rows of store {store} are sampled, and their share of some classes is biased; "
                 "give a store without --sample"

@@ -138,7 +138,7 @@ def evaluate(recipe: Recipe, run: str | None, world: World, report: Report | Non
                 world,
                 opened.recipe.eval.precision,
                 progress,
-                sampled=opened.store.sampled,
+                sampled=any(store.sampled for store in opened.store.stores),
             )
     end = time.monotonic()
     seen = (accuracy.images if accuracy else 0) + (agreement.rows if agreement else 0)

@@ -112,8 +112,8 @@ def check_needs(config: ObjectiveConfig, recipe: Recipe, source: Source, store: 
     if store is None:
         return
     for each in singles(config):
-        if store.sampled:
-            _check_sampled(each, store)
+        for sampled in (one for one in store.stores if one.sampled):
+            _check_sampled(each, sampled)
         if isinstance(each, FKDConfig) and each.k is not None and each.k > store.plan.top_k:
             raise MismatchError(
                 f"objective.k: {each.k} asked, store {store} has {store.plan.top_k} classes a row; give at most that"

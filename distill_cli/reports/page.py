@@ -216,8 +216,7 @@ def _lineage(run: Run, beside: Beside) -> Markup:
             f"input {name}": value for name, value in card.input.items()
         }
         found["software of the run"] = dict(card.software or {})
-    stores = (beside.store, *beside.store.beside) if beside.store else ()
-    for place, store in enumerate(stores, 1):
+    for place, store in enumerate(beside.store.stores if beside.store else (), 1):
         name = "store" if place == 1 else f"store {place}"
         found[name] = _of_store(store)
         found[f"software of the {name}"] = dict(store.plan.software)
@@ -250,7 +249,7 @@ def _ece(bins: Sequence[tuple[int, float, float]]) -> str:
 
 
 def _sampled(beside: Beside) -> bool:
-    return beside.store is not None and beside.store.sampled
+    return beside.store is not None and any(store.sampled for store in beside.store.stores)
 
 
 def _with(value: object, form: str, unit: str) -> str | None:

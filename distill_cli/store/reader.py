@@ -104,6 +104,11 @@ class Store:
         return sum((generation.plan.drawn for generation in self.generations), ())
 
     @property
+    def stores(self) -> "tuple[Store, ...]":
+        """Itself, and those beside it."""
+        return (self, *self.beside)
+
+    @property
     def sampled(self) -> bool:
         """Whether rows of some view hold draws from the tail: unbiased at temperature 1 only."""
         return any(generation.plan.sample for generation in self.generations)
