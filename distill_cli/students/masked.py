@@ -65,6 +65,8 @@ def visible_tokens(
     """
     wanted = sorted(set(blocks))
     with only_patches(vit, keep):
+        if not wanted:
+            return {}, vit.forward_features(images)
         found: Any = vit.forward_intermediates(
             images,
             [block - 1 for block in wanted],
