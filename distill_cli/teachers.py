@@ -133,8 +133,10 @@ def _frozen(
 
 
 def _classes_of(full: str, weights: Mapping[str, Tensor], path: Path) -> int:
-    """The rows of the classifier in a weights file."""
+    """The rows of the classifier in a weights file; 0 of models that have none, such as MAE's."""
     known = timm.get_pretrained_cfg(full)
+    if known and known.num_classes == 0:
+        return 0
     classifier = known.classifier if known else None
     names = [classifier] if isinstance(classifier, str) else list(classifier or ())
     for name in names:

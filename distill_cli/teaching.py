@@ -87,7 +87,7 @@ def unreached(objective: Objective) -> list[str]:
         labels=torch.zeros(2, dtype=torch.int64, device=device),
         sample_ids=np.arange(2),
         views=(0,),
-        teacher=top_k(torch.zeros(2, classes, device=device), 1),
+        teacher=top_k(torch.zeros(2, max(classes, 1), device=device), 1),
     )
     objective.train()(batch).total.backward()
     names = [name for name, each in objective.named_parameters() if each.requires_grad and each.grad is None]

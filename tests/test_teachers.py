@@ -108,6 +108,14 @@ def test_weights_without_a_classifier_are_refused(tmp_path: Path) -> None:
     assert f"{path}: has no fc.weight, the head of resnet18" in str(error)
 
 
+def test_a_model_that_never_had_a_classifier_needs_none(tmp_path: Path) -> None:
+    arguments = {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 28, "patch_size": 7}
+    path = tmp_path / "mae.pth"
+    torch.save(create("vit_base_patch16_224.mae", num_classes=0, arguments=arguments).state_dict(), path)
+    found = load_frozen(TeacherConfig(name="vit_base_patch16_224.mae", weights=str(path), kwargs=arguments))
+    assert (found.num_classes, found.input(None)["input_size"]) == (0, (3, 28, 28))
+
+
 def test_weights_of_another_architecture_are_refused_by_their_keys(weights: Path) -> None:
     error = refusal(TeacherConfig(name="resnet18", weights=str(weights)))
     assert isinstance(error, MismatchError)

@@ -11,6 +11,7 @@ from distill_cli.shipped import recipes
 pytestmark = pytest.mark.slow
 
 TINYVIT = "student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}"
+SMALL_VIT = ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=4")
 SMALL_DEIT = ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=7")
 SMALL = {
     "tinyvit-21m-in1k": (TINYVIT,),
@@ -26,6 +27,9 @@ SMALL = {
     "fashion-tinyvit": (),
     "fashion-fkd": (),
     "fashion-deit": (),
+    "dmae-vit-base-in1k": (*SMALL_VIT, "objective.blocks=[[1,1]]", "objective.decoder={depth=1,width=48,heads=3}"),
+    "dmae-vit-base-in1k-finetune": SMALL_VIT,
+    "fashion-dmae": (),
     "quickstart-teacher": (),
     "quickstart-student": (),
 }
@@ -38,6 +42,8 @@ def test_the_list_is_all_that_is_shipped():
 FROM_LABELS = ("fashion-teacher", "fashion-scratch", "quickstart-teacher")
 FINE_TUNING = ("tinyvit-21m-in22k-to-in1k", "tinyvit-21m-384")
 """From labels, and from the weights of another run."""
+BESIDE_A_VIT = ("dmae-vit-base-in1k", "fashion-dmae")
+"""A live teacher with patches of 4."""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,25 @@ def begun(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("begun") / "run"
     student = ("--student", "tinyvit-21m", "--set", TINYVIT, "--image-size", "28", "--workers", "0")
     run_json("train", *student, "--data", folder, "--batch-size", "32", "--set", "train.steps=2", "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def vit(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a small ViT with patches of 4 at 28 px."""
+    out = tmp_path_factory.mktemp("vit") / "run"
+    small = ("--set", "student.depth=2", "--set", "train.steps=2", "--batch-size", "32", "--workers", "0")
+    run_json("train", "--recipe", "fashion-scratch", *small, "--data", folder, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder: Path, vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the recipe before dmae-vit-base-in1k-finetune."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    sets = [word for text in SMALL["dmae-vit-base-in1k"] for word in ("--set", text)]
+    small = (*sets, "--set", "train.steps=1", "--batch-size", "32", "--image-size", "28", "--workers", "0")
+    run_json("train", "--recipe", "dmae-vit-base-in1k", *small, "--teacher", vit, "--data", folder, "--out", out)
     return out
 
 
@@ -63,7 +88,7 @@ def in_tars(folder, root):
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_recipe(name, teacher, begun, folder, tmp_path):
+def test_recipe(name, teacher, begun, vit, pretrained, folder, tmp_path):
     sets = [word for text in SMALL[name] for word in ("--set", text)]
     data = in_tars(folder, tmp_path / "tars") if name.endswith("-wds") else (folder,)
     common = ("--recipe", name, "--data", *data, "--image-size", "28", "--workers", "0", *sets)
@@ -71,6 +96,10 @@ def test_recipe(name, teacher, begun, folder, tmp_path):
     if name in FINE_TUNING:
         (tmp_path / "map.txt").write_text("9 8 7 6 5 4 3 2 -1 0")
         rest = ("--init-from", begun, "--set", f"student.class_map={tmp_path / 'map.txt'}")
+    elif name == "dmae-vit-base-in1k-finetune":
+        rest = ("--init-from", pretrained)
+    elif name in BESIDE_A_VIT:
+        rest = ("--teacher", vit)
     elif name not in FROM_LABELS:
         views = 4 if "fkd" in name else 2
         teach = ("--teacher", teacher, "--views", str(views), "--top-k", "3", "--precision", "fp32")

@@ -27,8 +27,10 @@ from distill_cli.objectives.dmae import (
 )
 from distill_cli.objectives.ramps import Ramp
 from distill_cli.randomness import derive, uniforms
+from distill_cli.report import Report
 from distill_cli.sparse import top_k
 from distill_cli.teachers import Frozen
+from distill_cli.teaching import leave_out
 
 SIDE, PATCH, VISIBLE = 4, 7, 4
 SMALL = DecoderConfig(depth=1, width=32, heads=2)
@@ -325,6 +327,16 @@ def test_its_state_has_decoder_and_projections_and_no_teacher() -> None:
     names = {name.split(".")[0] for name in make().state_dict()}
     assert names == {"student", "projections", "decoder"}
     assert not DMAE.trains_classifier
+
+
+def test_what_it_does_not_reach_is_left_out_of_a_student_without_classes_too() -> None:
+    shape = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    student = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="avg", **shape)
+    leave_out(make(student), Report(quiet=True))
+    assert [name for name, value in student.named_parameters() if not value.requires_grad] == [
+        "fc_norm.weight",
+        "fc_norm.bias",
+    ]
 
 
 def make_other(name: str, **arguments: Any) -> LiveTeacher:
