@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -14,13 +15,17 @@ from distill_cli.errors import UsageError
 def plain_vit(model: nn.Module, where: str, instead: str) -> VisionTransformer:
     """The model, if it is timm's `VisionTransformer`, with any prefix tokens: it goes on with fewer patches as it is.
 
-    Others know where their tokens lie: by windows, by relative or rotated positions.
+    Others know where their tokens lie: by windows, by relative or rotated positions. Behind a convolutional stem a
+    token would tell of the patches around it.
 
     Raises:
-        UsageError: it is another one.
+        UsageError: it is another one, or has such a stem.
     """
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"{where}: {type(model).__name__} is no plain ViT, timm's VisionTransformer; {instead}")
+    if not isinstance(model.patch_embed, PatchEmbed):
+        stem = type(model.patch_embed).__name__
+        raise UsageError(f"{where}: its patches are embedded by {stem}, which looks beyond each; {instead}")
     return model
 
 

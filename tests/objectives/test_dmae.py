@@ -26,6 +26,8 @@ from distill_cli.objectives.dmae import (
     token_distance,
 )
 from distill_cli.objectives.ramps import Ramp
+from distill_cli.objectives.supervised import Supervised, SupervisedConfig
+from distill_cli.objectives.terms import Terms
 from distill_cli.randomness import derive, uniforms
 from distill_cli.report import Report
 from distill_cli.sparse import top_k
@@ -313,6 +315,17 @@ def test_alpha_may_change_and_0_needs_no_teacher() -> None:
     assert torch.equal(alone(batch).total, losses.parts["reconstruct"])
 
 
+def test_it_may_be_a_term_beside_labels() -> None:
+    student, batch = make_plain(), make_batch()
+    alone, labels = make(student), Supervised(student, SupervisedConfig(), SETTING)
+    expected = 0.5 * alone(batch).total + labels.train()(batch).total
+    both = Terms(student, {"dmae": alone, "label": labels}, {"dmae": 0.5, "label": 1.0}, SETTING).train()
+    losses = both(batch)
+    torch.testing.assert_close(losses.total, expected)
+    assert losses.parts.keys() == {"dmae.reconstruct", "dmae.distill", "label"}
+    assert not both.partial
+
+
 def test_in_half_precision_its_losses_are_float32() -> None:
     objective, batch = make(), make_batch()
     exact = objective(batch)
@@ -351,6 +364,10 @@ def make_other(name: str, **arguments: Any) -> LiveTeacher:
         (
             {"student": timm.create_model("test_resnet")},
             r"^objective dmae: ResNet is no plain ViT, timm's VisionTransformer; take a student such as deit-small ",
+        ),
+        (
+            {"student": timm.create_model("vitamin_small_224", depth=1)},
+            r"^objective dmae: its patches are embedded by HybridEmbed, which looks beyond each; take a student such ",
         ),
         (
             {"teacher": make_other("test_resnet")},
