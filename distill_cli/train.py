@@ -160,10 +160,10 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
     images = order.images_per_step
     with (
+        Signals() as signals,
         _history(setup, out, done.step, world, report) as history,
         Saver(out, config.keep, report.warn) as saver,
         closing(_validation(setup, world)) as validation,
-        Signals() as signals,
         report.progress("train", setup.steps * images, done.step * images) as progress,
     ):
         while True:
