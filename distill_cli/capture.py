@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_cli.data import open_train
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches
 from distill_cli.data.images import printable
-from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.loader import load
 from distill_cli.data.mixing import DrawnPartners, capture_partners, together
 from distill_cli.data.sources import Source, check_classes, fingerprint, parts
 from distill_cli.data.views import DEFAULTS, View, check_decoder, resolve_view, train_transform

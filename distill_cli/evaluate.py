@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from distill_cli.checkpoint import RECIPE
 from distill_cli.data import image_cache, open_train, open_val
-from distill_cli.data.loader import Batch, Batches, Loader, load
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches
+from distill_cli.data.loader import Loader, load
 from distill_cli.data.orders import ListingOrder
 from distill_cli.data.sources import Source, check_classes
 from distill_cli.data.views import (

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.data.sources import Source
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.live_teacher import LiveTeacher

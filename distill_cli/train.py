@@ -14,7 +14,8 @@ from distill_cli.accumulate import backward
 from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoint_path, checkpoint_tensors, snapshot
 from distill_cli.clipping import clip_gradients
 from distill_cli.data import image_cache
-from distill_cli.data.loader import Batch, Loader
+from distill_cli.data.batch import Batch
+from distill_cli.data.loader import Loader
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.divergence import Guard, check_finite

@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from distill_cli.config import Colour, section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.live_teacher import LiveTeacher
 from distill_cli.objectives.ramps import Weight
 from distill_cli.sparse import SparseLogits

@@ -16,7 +16,7 @@ import torch
 from command_line import DISTIL, TRAIN, Cli, Made, Refused, capture
 from PIL import Image
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.locks import locked
 from distill_cli.objectives import Losses
 from distill_cli.objectives.supervised import Supervised

@@ -11,7 +11,7 @@ from small import CLASSES, KINDS, SETTING, make_batch, make_live, make_plain, ma
 from torch import Tensor
 
 from distill_cli.accumulate import backward
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.distributed import World
 from distill_cli.objectives import OBJECTIVES, Objective, ObjectiveConfig, TermsConfig, build, needs_of, singles
 from distill_cli.objectives.deit import DeiTConfig
