@@ -42,7 +42,7 @@ from distill_cli.store.rows import Rows, at
 from distill_cli.store.shard import CONTENT_CRC
 from distill_cli.store.writer import StoreWriter
 from distill_cli.students.build import check_forward
-from distill_cli.teachers import Frozen, load_frozen
+from distill_cli.teachers import Frozen, check_classifier, load_frozen
 
 DEFAULT_TOP_K = 10
 DEFAULT_BITS = 8
@@ -80,6 +80,7 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
     source = open_train(recipe.data, report)
     report.stage(f"{len(source)} images; loading the teacher")
     teacher = load_frozen(recipe.teacher)
+    check_classifier(teacher, f"--teacher {recipe.teacher.name}")
     check_classes(source, f"teacher {recipe.teacher.name}", teacher.num_classes, teacher.classes)
     view = resolve_view(recipe.data, teacher.input(recipe.data.image_size))
     check_decoder(view, world.device)

@@ -79,6 +79,21 @@ def load_frozen(config: TeacherConfig, flag: str = "--teacher", pretrained: str 
     return _frozen(full, model, model.state_dict(), count, config)
 
 
+def check_classifier(frozen: Frozen, where: str) -> None:
+    """
+    Args:
+        where: what the user named it by.
+
+    Raises:
+        MismatchError: the model is of a run whose objective trains no classifier, so that its logits say nothing.
+    """
+    if frozen.card is not None and not frozen.card.trained_classifier:
+        raise MismatchError(
+            f"{where}: has no logits, as objective {frozen.card.objective} trains no classifier; "
+            "fine-tune it first, by distill train --init-from"
+        )
+
+
 def _from_run(run: Path, config: TeacherConfig) -> Frozen:
     path = run_weights(run)
     card = read_card(path)

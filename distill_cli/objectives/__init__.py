@@ -48,6 +48,7 @@ __all__ = [
     "build",
     "needs_of",
     "singles",
+    "trains_classifier",
 ]
 
 
@@ -59,6 +60,11 @@ def singles(config: SingleConfig | TermsConfig) -> list[SingleConfig]:
 def needs_of(config: SingleConfig | TermsConfig) -> frozenset[Need]:
     """What the objective that a recipe names learns from."""
     return frozenset[Need]().union(*(OBJECTIVES[each.name].needs_of(each) for each in singles(config)))
+
+
+def trains_classifier(config: SingleConfig | TermsConfig) -> bool:
+    """Whether the objective that a recipe names, or one of its terms, trains the student's classifier."""
+    return any(OBJECTIVES[each.name].trains_classifier for each in singles(config))
 
 
 def build(config: SingleConfig | TermsConfig, student: nn.Module, setting: Setting) -> Objective:

@@ -74,6 +74,9 @@ class Objective(nn.Module):
     own_forward: ClassVar[bool] = False
     partial: bool = False
     """Whether it may leave some of the student's parameters without a gradient; they are then not trained at all."""
+    trains_classifier: bool = True
+    """Whether the student's logits come to mean anything. A run without that validates nothing and teaches no logits,
+    and what begins from it begins with a new classifier."""
 
     progress: Tensor
     """Of the run, 0 to 1, without dimensions: what ramps depend on."""

@@ -35,6 +35,7 @@ class Terms(Objective):
         self.weights = dict(weights)
         self.needs = frozenset[Need]().union(*(term.needs for term in terms.values()))
         self.partial = all(term.partial for term in terms.values())
+        self.trains_classifier = any(term.trains_classifier for term in terms.values())
 
     def forward(self, batch: Batch) -> Losses:
         batch = self.taught(batch)
