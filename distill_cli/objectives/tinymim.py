@@ -305,7 +305,11 @@ def _block(where: str, model: nn.Module, number: int | None, depth: int) -> int:
     """
     count = len(model.blocks) if isinstance(model, VisionTransformer) else 0
     if number is not None and number > count:
-        has = f"has {count} blocks; give 1 to {count}" if count else "is no ViT; give its layer by timm's name"
+        has = (
+            f"has {count} blocks; give 1 to {count}"
+            if count
+            else f"is no ViT; give objective.{where}_layer by timm's name"
+        )
         raise UsageError(f"objective.{where}_block {number}: {type(model).__name__} {has}")
     return (number or (count if count <= depth else count * 3 // 4)) - 1
 
