@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
@@ -46,7 +46,7 @@ class TinyMIMConfig(TermConfig):
     teacher_layer: str | None = None
     """Of features, by timm's name; by default the output of the block, or of the last stage."""
     student_layer: str | None = None
-    grid: Positive | None = None
+    grid: Annotated[int, Field(ge=2)] | None = None
     """Side of the grid that both sides' tokens are brought to; by default that of the coarser one for features, and for
     attention both must have the same."""
     color_jitter: NonNegative = 0.4
@@ -256,6 +256,16 @@ class _Features:
 
     @staticmethod
     def common_grid(ours: int, theirs: int) -> int:
+        """
+        Raises:
+            UsageError: the coarser has one place, which stands to no other.
+        """
+        if min(ours, theirs) == 1:
+            raise UsageError(
+                f"objective tinymim: the student's layer is a grid of {ours} x {ours}, the teacher's of {theirs} x "
+                f"{theirs}, and one token stands to no other; give larger images, or objective.student_layer, "
+                "teacher_layer"
+            )
         return min(ours, theirs)
 
     def relations(self, value: Tensor, heads: int, grid: int, with_class: bool) -> Relations:

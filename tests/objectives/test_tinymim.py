@@ -31,9 +31,9 @@ def make(
     return TinyMIM(student or make_plain(), config, setting).train()
 
 
-def make_resnet() -> LiveTeacher:
+def make_resnet(**arguments: Any) -> LiveTeacher:
     torch.manual_seed(3)
-    model = timm.create_model("resnet18", num_classes=CLASSES, **RESNET).eval().requires_grad_(False)
+    model = timm.create_model("resnet18", num_classes=CLASSES, **(RESNET | arguments)).eval().requires_grad_(False)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 28, 28)}
     return LiveTeacher(Frozen("t", model, "", CLASSES, None), SETTING.mean, SETTING.std, torch.device("cpu"))
 
@@ -383,6 +383,11 @@ def test_what_does_not_fit_is_refused_in_a_line() -> None:
         teacher=make_resnet(),
     )
     refused(r"^layer9: ResNet has no such layer", replace(PLAIN, teacher_layer="layer9"), teacher=make_resnet())
+    refused(
+        r"^objective tinymim: the student's layer is a grid of 4 x 4, the teacher's of 1 x 1, and one token stands to "
+        r"no other; give larger images, or objective.student_layer, teacher_layer$",
+        teacher=make_resnet(output_stride=32),
+    )
     refused(
         r"^objective tinymim: relations are of all patches; leave patch_drop_rate out$",
         student=timm.create_model("vit_tiny_patch16_224", img_size=28, patch_size=7, patch_drop_rate=0.5),
