@@ -201,7 +201,7 @@ def open_evaluation(recipe: Recipe, run: str | None, world: World, report: Repor
         as `evaluate`.
     """
     frozen = _load(recipe, run, report)
-    check_classifier(frozen, run or str(recipe.eval.weights))
+    check_classifier(frozen, run or f"--model {recipe.student.name}")
     origins: dict[str, str] = {}
     if run is not None and recipe.data.path is None and recipe.data.val is None:
         there = load_recipe(str(Path(run) / RECIPE)).recipe.data

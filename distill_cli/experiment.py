@@ -299,7 +299,7 @@ def _classes(
     store: Store | None,
     frozen: Frozen | None,
 ) -> int:
-    """The student's class count, agreed by store, data, live teacher and recipe; any, where it learns no classes."""
+    """The student's class count, agreed by store, data, live teacher and recipe; 1 where it learns none."""
     if store is not None:
         check_data(store, source)
     known = store.num_classes if store else num_classes(source)
@@ -307,8 +307,8 @@ def _classes(
         check_classes(source, f"--teacher {recipe.teacher.name}", frozen.num_classes, frozen.classes)
         known = frozen.num_classes
     count = recipe.student.num_classes or known
-    if count is None and frozen is not None and not trains_classifier(config):
-        count = frozen.num_classes
+    if count is None and not trains_classifier(config):
+        count = 1
     if count is None:
         raise UsageError(f"--data {recipe.data.path}: has no labels; give a --store to learn from, or class folders")
     if known is not None and count != known:

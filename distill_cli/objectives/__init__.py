@@ -16,10 +16,17 @@ from distill_cli.objectives.deit import DeiT, DeiTConfig
 from distill_cli.objectives.fkd import FKD, FKDConfig
 from distill_cli.objectives.supervised import Supervised, SupervisedConfig
 from distill_cli.objectives.terms import Terms
+from distill_cli.objectives.tinymim import TinyMIM, TinyMIMConfig
 from distill_cli.objectives.tinyvit import TinyViT, TinyViTConfig
 
-OBJECTIVES: dict[str, Any] = {"supervised": Supervised, "tinyvit": TinyViT, "fkd": FKD, "deit": DeiT}
-SingleConfig = SupervisedConfig | TinyViTConfig | FKDConfig | DeiTConfig
+OBJECTIVES: dict[str, Any] = {
+    "supervised": Supervised,
+    "tinyvit": TinyViT,
+    "fkd": FKD,
+    "deit": DeiT,
+    "tinymim": TinyMIM,
+}
+SingleConfig = SupervisedConfig | TinyViTConfig | FKDConfig | DeiTConfig | TinyMIMConfig
 
 
 @section

@@ -71,7 +71,8 @@ class Objective(nn.Module):
     """What it learns from: `labels`; `logits`, rows of a store or of a live teacher; `teacher`, more of a live one."""
     takes_any: ClassVar[bool] = False
     """Whether any student will do."""
-    own_forward: ClassVar[bool] = False
+    own_forward: bool = False
+    """Whether in a sum it makes a pass of the student for itself."""
     partial: bool = False
     """Whether it may leave some of the student's parameters without a gradient; they are then not trained at all."""
     trains_classifier: bool = True

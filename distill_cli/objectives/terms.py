@@ -44,7 +44,8 @@ class Terms(Objective):
         total: Tensor | float = 0.0
         parts: dict[str, Tensor] = {}
         seen: dict[str, Tensor] = {}
-        for name, term in self.terms.items():
+        # Those of the shared pass first: what its layers gave is theirs until another pass goes through them.
+        for name, term in sorted(self.terms.items(), key=lambda each: each[1].own_forward):
             losses = term(batch) if term.own_forward or outputs is None else term.losses(outputs, batch)
             total = total + at(self.weights[name], self.progress) * losses.total
             parts |= _named(name, losses)

@@ -12,6 +12,8 @@ pytestmark = pytest.mark.slow
 
 TINYVIT = "student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}"
 SMALL_DEIT = ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=7")
+GRID = "objective.teacher_layer=layer2"
+"""The last stage of the small teacher has one token."""
 SMALL = {
     "tinyvit-21m-in1k": (TINYVIT,),
     "tinyvit-21m-in22k": (TINYVIT, "teacher.num_classes=10"),
@@ -26,6 +28,10 @@ SMALL = {
     "fashion-tinyvit": (),
     "fashion-fkd": (),
     "fashion-deit": (),
+    "fashion-tinymim": (GRID,),
+    "fashion-finetune": (),
+    "tinymim-base-in1k": (*SMALL_DEIT, GRID),
+    "tinymim-base-in1k-finetune": SMALL_DEIT,
     "quickstart-teacher": (),
     "quickstart-student": (),
 }
@@ -38,6 +44,8 @@ def test_the_list_is_all_that_is_shipped():
 FROM_LABELS = ("fashion-teacher", "fashion-scratch", "quickstart-teacher")
 FINE_TUNING = ("tinyvit-21m-in22k-to-in1k", "tinyvit-21m-384")
 """From labels, and from the weights of another run."""
+PRETRAINING = {"fashion-finetune": "fashion-tinymim", "tinymim-base-in1k-finetune": "tinymim-base-in1k"}
+"""Beside a live teacher and without a store: the recipe that each of these goes on from."""
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +70,27 @@ def in_tars(folder, root):
     return f"wds:{root}/imagenet1k-train-{{0000..0002}}.tar", "--set", val
 
 
+def in_flags(name):
+    return [word for text in SMALL[name] for word in ("--set", text)]
+
+
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_recipe(name, teacher, begun, folder, tmp_path):
-    sets = [word for text in SMALL[name] for word in ("--set", text)]
+    sets = in_flags(name)
     data = in_tars(folder, tmp_path / "tars") if name.endswith("-wds") else (folder,)
     common = ("--recipe", name, "--data", *data, "--image-size", "28", "--workers", "0", *sets)
     rest = ()
     if name in FINE_TUNING:
         (tmp_path / "map.txt").write_text("9 8 7 6 5 4 3 2 -1 0")
         rest = ("--init-from", begun, "--set", f"student.class_map={tmp_path / 'map.txt'}")
+    elif name in PRETRAINING.values():
+        rest = ("--teacher", teacher)
+    elif name in PRETRAINING:
+        before = PRETRAINING[name]
+        rest = ("--init-from", tmp_path / "pretrained")
+        first = ("--recipe", before, "--data", *data, "--image-size", "28", "--workers", "0", *in_flags(before))
+        few = ("--teacher", teacher, "--batch-size", "32", "--set", "train.steps=1", "--out", tmp_path / "pretrained")
+        assert run_json("train", *first, *few)["top1"] is None
     elif name not in FROM_LABELS:
         views = 4 if "fkd" in name else 2
         teach = ("--teacher", teacher, "--views", str(views), "--top-k", "3", "--precision", "fp32")

@@ -47,6 +47,8 @@ def make_live(seed: int = 5, **arguments: Any) -> LiveTeacher:
     shape = {"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 3, "num_heads": 4}
     model = timm.create_model("vit_tiny_patch16_224.augreg_in21k", num_classes=CLASSES, **(shape | arguments))
     model.eval().requires_grad_(False)
+    size = (shape | arguments)["img_size"]
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size)}
     frozen = Frozen("teacher", model, weights_sha256="", num_classes=CLASSES, classes=None)
     return LiveTeacher(frozen, SETTING.mean, SETTING.std, torch.device("cpu"))
 
