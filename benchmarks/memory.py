@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.objectives.dist import DISTConfig
 from distill_cli.objectives.logits import LogitsConfig, soft_loss
 from distill_cli.sparse import top_k

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.data.sources import Source
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.live_teacher import LiveTeacher
@@ -24,7 +24,7 @@ from distill_cli.report import Report
 from distill_cli.sparse import top_k
 from distill_cli.store.reader import Store
 from distill_cli.students.build import constructor_arguments, create, input_config
-from distill_cli.teachers import Frozen, load_frozen
+from distill_cli.teachers import Frozen, check_classifier, load_frozen
 
 
 def open_teacher(config: ObjectiveConfig, recipe: Recipe) -> Frozen | None:
@@ -48,7 +48,12 @@ def open_teacher(config: ObjectiveConfig, recipe: Recipe) -> Frozen | None:
         raise UsageError(f"--live: {name} learns from no teacher; leave it out")
     if live and stored and "teacher" not in needs:
         raise UsageError(f"--live: store {recipe.store.path} has all that {name} asks of a teacher; give one of them")
-    return load_frozen(recipe.teacher, pretrained="--teacher-pretrained") if live or "teacher" in needs else None
+    if not live and "teacher" not in needs:
+        return None
+    frozen = load_frozen(recipe.teacher, pretrained="--teacher-pretrained")
+    if live or ("logits" in needs and not stored):
+        check_classifier(frozen, f"--teacher {recipe.teacher.name}")
+    return frozen
 
 
 def rehearse(config: ObjectiveConfig, recipe: Recipe, frozen: Frozen | None) -> None:

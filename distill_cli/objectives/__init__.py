@@ -17,10 +17,18 @@ from distill_cli.objectives.dmae import DMAE, DMAEConfig
 from distill_cli.objectives.fkd import FKD, FKDConfig
 from distill_cli.objectives.supervised import Supervised, SupervisedConfig
 from distill_cli.objectives.terms import Terms
+from distill_cli.objectives.tinymim import TinyMIM, TinyMIMConfig
 from distill_cli.objectives.tinyvit import TinyViT, TinyViTConfig
 
-OBJECTIVES: dict[str, Any] = {"supervised": Supervised, "tinyvit": TinyViT, "fkd": FKD, "deit": DeiT, "dmae": DMAE}
-SingleConfig = SupervisedConfig | TinyViTConfig | FKDConfig | DeiTConfig | DMAEConfig
+OBJECTIVES: dict[str, Any] = {
+    "supervised": Supervised,
+    "tinyvit": TinyViT,
+    "fkd": FKD,
+    "deit": DeiT,
+    "tinymim": TinyMIM,
+    "dmae": DMAE,
+}
+SingleConfig = SupervisedConfig | TinyViTConfig | FKDConfig | DeiTConfig | TinyMIMConfig | DMAEConfig
 
 
 @section
@@ -49,6 +57,7 @@ __all__ = [
     "build",
     "needs_of",
     "singles",
+    "trains_classifier",
 ]
 
 
@@ -60,6 +69,11 @@ def singles(config: SingleConfig | TermsConfig) -> list[SingleConfig]:
 def needs_of(config: SingleConfig | TermsConfig) -> frozenset[Need]:
     """What the objective that a recipe names learns from."""
     return frozenset[Need]().union(*(OBJECTIVES[each.name].needs_of(each) for each in singles(config)))
+
+
+def trains_classifier(config: SingleConfig | TermsConfig) -> bool:
+    """Whether the objective that a recipe names, or one of its terms, trains the student's classifier."""
+    return any(OBJECTIVES[each.name].trains_classifier for each in singles(config))
 
 
 def build(config: SingleConfig | TermsConfig, student: nn.Module, setting: Setting) -> Objective:

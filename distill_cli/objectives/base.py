@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from distill_cli.config import Colour, section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.live_teacher import LiveTeacher
 from distill_cli.objectives.ramps import Weight
 from distill_cli.sparse import SparseLogits
@@ -71,9 +71,13 @@ class Objective(nn.Module):
     """What it learns from: `labels`; `logits`, rows of a store or of a live teacher; `teacher`, more of a live one."""
     takes_any: ClassVar[bool] = False
     """Whether any student will do."""
-    own_forward: ClassVar[bool] = False
+    own_forward: bool = False
+    """Whether in a sum it makes a pass of the student for itself."""
     partial: bool = False
     """Whether it may leave some of the student's parameters without a gradient; they are then not trained at all."""
+    trains_classifier: bool = True
+    """Whether the student's logits come to mean anything. A run without that validates nothing and teaches no logits,
+    and what begins from it begins with a new classifier."""
 
     progress: Tensor
     """Of the run, 0 to 1, without dimensions: what ramps depend on."""

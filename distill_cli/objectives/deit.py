@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from distill_cli.config import Fraction, section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.errors import UsageError
 from distill_cli.objectives.base import (
     Losses,

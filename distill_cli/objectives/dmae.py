@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from distill_cli.config import Positive, section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.errors import UsageError
 from distill_cli.objectives.base import Losses, Need, Objective, Setting, TermConfig
 from distill_cli.objectives.ramps import Weight, at

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill_cli.by_rows import by_rows
 from distill_cli.config import section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.objectives.base import TermConfig
 from distill_cli.objectives.dist import DISTConfig, inter, intra
 from distill_cli.objectives.dkd import DKDConfig, dkd

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.slow
 TINYVIT = "student.kwargs={depths=[1,1,1,1],embed_dims=[16,32,32,32],num_heads=[1,2,2,2]}"
 SMALL_VIT = ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=4")
 SMALL_DEIT = ("student.depth=1", "student.embed_dim=48", "student.num_heads=3", "student.patch_size=7")
+GRID = "objective.teacher_layer=layer2"
+"""The last stage of the small teacher has one token."""
 SMALL = {
     "tinyvit-21m-in1k": (TINYVIT,),
     "tinyvit-21m-in22k": (TINYVIT, "teacher.num_classes=10"),
@@ -27,8 +29,12 @@ SMALL = {
     "fashion-tinyvit": (),
     "fashion-fkd": (),
     "fashion-deit": (),
-    "dmae-vit-base-in1k": (*SMALL_VIT, "objective.blocks=[[1,1]]", "objective.decoder={depth=1,width=48,heads=3}"),
-    "dmae-vit-base-in1k-finetune": SMALL_VIT,
+    "fashion-tinymim": (GRID,),
+    "fashion-finetune": (),
+    "tinymim-base-in1k": (*SMALL_DEIT, GRID),
+    "tinymim-base-in1k-finetune": SMALL_DEIT,
+    "dmae-base-in1k": (*SMALL_VIT, "objective.blocks=[[1,1]]", "objective.decoder={depth=1,width=48,heads=3}"),
+    "dmae-base-in1k-finetune": SMALL_VIT,
     "fashion-dmae": (),
     "quickstart-teacher": (),
     "quickstart-student": (),
@@ -42,8 +48,14 @@ def test_the_list_is_all_that_is_shipped():
 FROM_LABELS = ("fashion-teacher", "fashion-scratch", "quickstart-teacher")
 FINE_TUNING = ("tinyvit-21m-in22k-to-in1k", "tinyvit-21m-384")
 """From labels, and from the weights of another run."""
-BESIDE_A_VIT = ("dmae-vit-base-in1k", "fashion-dmae")
-"""A live teacher with patches of 4."""
+PRETRAINING = {
+    "fashion-finetune": "fashion-tinymim",
+    "tinymim-base-in1k-finetune": "tinymim-base-in1k",
+    "dmae-base-in1k-finetune": "dmae-base-in1k",
+}
+"""Beside a live teacher and without a store: the recipe that each of these goes on from."""
+BESIDE_A_VIT = ("fashion-dmae", "dmae-base-in1k")
+"""… and the teacher is a ViT with patches of 4."""
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +76,6 @@ def vit(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def pretrained(folder: Path, vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the recipe before dmae-vit-base-in1k-finetune."""
-    out = tmp_path_factory.mktemp("pretrained") / "run"
-    sets = [word for text in SMALL["dmae-vit-base-in1k"] for word in ("--set", text)]
-    small = (*sets, "--set", "train.steps=1", "--batch-size", "32", "--image-size", "28", "--workers", "0")
-    run_json("train", "--recipe", "dmae-vit-base-in1k", *small, "--teacher", vit, "--data", folder, "--out", out)
-    return out
-
-
 def in_tars(folder, root):
     """The images in tars named as the recipe has them, but fewer: `--data`, and `--set` for those to validate on."""
     for split, name, count in (("train", "imagenet1k-train-000{}.tar", 3), ("val", "imagenet1k-validation-0{}.tar", 2)):
@@ -87,19 +89,30 @@ def in_tars(folder, root):
     return f"wds:{root}/imagenet1k-train-{{0000..0002}}.tar", "--set", val
 
 
+def in_flags(name):
+    return [word for text in SMALL[name] for word in ("--set", text)]
+
+
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_recipe(name, teacher, begun, vit, pretrained, folder, tmp_path):
-    sets = [word for text in SMALL[name] for word in ("--set", text)]
+def test_recipe(name, teacher, begun, vit, folder, tmp_path):
+    sets = in_flags(name)
     data = in_tars(folder, tmp_path / "tars") if name.endswith("-wds") else (folder,)
     common = ("--recipe", name, "--data", *data, "--image-size", "28", "--workers", "0", *sets)
     rest = ()
     if name in FINE_TUNING:
         (tmp_path / "map.txt").write_text("9 8 7 6 5 4 3 2 -1 0")
         rest = ("--init-from", begun, "--set", f"student.class_map={tmp_path / 'map.txt'}")
-    elif name == "dmae-vit-base-in1k-finetune":
-        rest = ("--init-from", pretrained)
     elif name in BESIDE_A_VIT:
         rest = ("--teacher", vit)
+    elif name in PRETRAINING.values():
+        rest = ("--teacher", teacher)
+    elif name in PRETRAINING:
+        before = PRETRAINING[name]
+        rest = ("--init-from", tmp_path / "pretrained")
+        first = ("--recipe", before, "--data", *data, "--image-size", "28", "--workers", "0", *in_flags(before))
+        live = ("--teacher", vit if before in BESIDE_A_VIT else teacher)
+        few = ("--batch-size", "32", "--set", "train.steps=1", "--out", tmp_path / "pretrained")
+        assert run_json("train", *first, *live, *few)["top1"] is None
     elif name not in FROM_LABELS:
         views = 4 if "fkd" in name else 2
         teach = ("--teacher", teacher, "--views", str(views), "--top-k", "3", "--precision", "fp32")

@@ -11,7 +11,7 @@ from small import CLASSES, KINDS, SETTING, make_batch, make_live, make_plain, ma
 from torch import Tensor
 
 from distill_cli.accumulate import backward
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.distributed import World
 from distill_cli.objectives import OBJECTIVES, Objective, ObjectiveConfig, TermsConfig, build, needs_of, singles
 from distill_cli.objectives.deit import DeiTConfig
@@ -22,6 +22,7 @@ from distill_cli.objectives.fkd import FKDConfig
 from distill_cli.objectives.jsd import JSDConfig
 from distill_cli.objectives.ramps import PositiveRamp, Ramp
 from distill_cli.objectives.supervised import SupervisedConfig
+from distill_cli.objectives.tinymim import TinyMIMConfig
 from distill_cli.objectives.tinyvit import TinyViTConfig
 from distill_cli.report import Report
 from distill_cli.sparse import SparseLogits, top_k
@@ -44,6 +45,8 @@ CASES: dict[str, ObjectiveConfig] = {
     "deit-soft": DeiTConfig(distillation="soft", temperature=2.0),
     "deit-second-head": DeiTConfig(second_head="average"),
     "deit-dropped-head": DeiTConfig(second_head="drop", distillation="soft", divergence=DKDConfig(), standardise=True),
+    "tinymim": TinyMIMConfig(),
+    "tinymim-features": TinyMIMConfig(relations="features"),
     "dmae": DMAEConfig(decoder=SMALL_DECODER),
     "dmae-mlp": DMAEConfig(
         alpha=Ramp(start=0.5, end=2.0),

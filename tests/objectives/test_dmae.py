@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from small import CLASSES, SETTING, make_batch, make_live, make_plain, make_student, part
 from torch import Tensor, nn
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.errors import UsageError
 from distill_cli.live_teacher import LiveTeacher
 from distill_cli.objectives.dmae import (
