@@ -34,7 +34,7 @@ def command(
     cache: options.Cache = None,
     objective: Annotated[
         str | None,
-        typer.Option("--objective", metavar="NAME", help="supervised, tinyvit, fkd or deit."),
+        typer.Option("--objective", metavar="NAME", help="supervised, tinyvit, fkd, deit or features."),
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.")] = None,
     batch_size: options.BatchSize = None,

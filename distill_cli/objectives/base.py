@@ -64,7 +64,7 @@ class Objective(nn.Module):
     Most objectives are their `losses`: functions of what one pass of the student gives, so that several can share it
     (see `terms`). One that sees the student otherwise has a `forward` of its own, and says so in `own_forward`.
 
-    Losses are means over the batch unless the docstring says otherwise.
+    Losses are means over the batch; where they are not, `relates_images` says so.
     """
 
     needs: frozenset[Need] = frozenset()
@@ -74,6 +74,9 @@ class Objective(nn.Module):
     own_forward: ClassVar[bool] = False
     partial: bool = False
     """Whether it may leave some of the student's parameters without a gradient; they are then not trained at all."""
+    relates_images: bool = False
+    """Whether it compares images of a batch with each other. Such a loss is no mean over the images: it sees what is in
+    one pass at once, so that accumulated parts and ranks are other batches."""
 
     progress: Tensor
     """Of the run, 0 to 1, without dimensions: what ramps depend on."""

@@ -113,7 +113,9 @@ def input_config(model: nn.Module, image_size: int | None = None) -> dict[str, A
     A small image is evaluated whole: the usual centre crop would cut off what the model learnt from.
     """
     config = resolve_model_data_config(model)
-    size = image_size or int(config["input_size"][-1])
+    # A ViT that was built for another size says so in its embedding alone.
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"]
+    size = image_size or int(built[-1])
     crop = {"crop_pct": 1.0} if size <= SMALL else {}
     return {**config, "input_size": (3, size, size), **crop}
 
