@@ -100,7 +100,10 @@ def angles(values: Tensor) -> Tensor:
 
     Paper: Park et al. 2019, arXiv:1904.05068, eq. 7.
     """
-    directions = F.normalize(_differences(values), dim=-1)
+    differences = _differences(values)
+    lengths = torch.linalg.vector_norm(differences, dim=-1, keepdim=True)
+    # An image has no direction to itself; by an epsilon the gradient of two that are alike would be its inverse.
+    directions: Tensor = differences / lengths.masked_fill(lengths == 0, 1)
     return directions @ directions.transpose(1, 2)
 
 

@@ -1,5 +1,6 @@
 """Features: layers of the student held against layers of a live teacher."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -96,8 +97,7 @@ class Features(Objective):
         }
         ours, theirs = zip(*self.layers.values(), strict=True)
         self.teacher.tap(*theirs)
-        blank = torch.zeros(1, 3, setting.image_size, setting.image_size)
-        seen, taught = glimpse(student, ours, blank), self.teacher.glimpse(theirs, setting.image_size)
+        seen, taught = self._shapes(ours, theirs)
         self.pairs = nn.ModuleList()
         for number, (name, pair) in enumerate(config.pairs.items()):
             values = seen[ours[number]], taught[theirs[number]]
@@ -108,6 +108,14 @@ class Features(Objective):
         self.relates_images = any(pair.relates_images for pair in self.pairs)
         # Of passes in training alone: those of a validation would stay here until the next step.
         self.taps = Taps(student, ours, only_in_training=True)
+
+    def _shapes(self, ours: Sequence[str], theirs: Sequence[str]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """What the layers of both sides make of a blank image."""
+        size = self.setting.image_size
+        try:
+            return glimpse(self.student, ours, torch.zeros(1, 3, size, size)), self.teacher.glimpse(theirs, size)
+        except UsageError as error:
+            raise UsageError(f"objective.pairs: {error}") from None
 
     @classmethod
     def needs_of(cls, config: TermConfig) -> frozenset[Need]:
