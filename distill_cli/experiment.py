@@ -198,6 +198,12 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     objective = build(config, student, setting).to(world.device)
     leave_out(objective, report)
     _warn(recipe, source, val, store, student, view, report)
+    pieces = recipe.train.accumulate * world.size
+    if objective.relates_images and pieces > 1:
+        report.warn(
+            f"objective {config.name}: compares the images of a batch with each other, and sees {pieces} parts of it, "
+            "each by itself (train.accumulate, ranks)"
+        )
     return Experiment(
         recipe=settled,
         origins=origins,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from commands import run_json
+from commands import SMALL_TEACHER, run_json
 from served import write_tar
 
 from distill_cli.shipped import recipes
@@ -26,6 +26,9 @@ SMALL = {
     "fashion-tinyvit": (),
     "fashion-fkd": (),
     "fashion-deit": (),
+    "fashion-features": (),
+    "fashion-tinyvit-features": (),
+    "mgd-resnet18-in1k": SMALL_TEACHER[1:2],
     "quickstart-teacher": (),
     "quickstart-student": (),
 }
@@ -36,6 +39,10 @@ def test_the_list_is_all_that_is_shipped():
 
 
 FROM_LABELS = ("fashion-teacher", "fashion-scratch", "quickstart-teacher")
+FROM_LAYERS = ("fashion-features", "fashion-tinyvit-features", "mgd-resnet18-in1k")
+"""From the layers of a teacher beside the student …"""
+WITH_STORE = ("fashion-tinyvit-features",)
+"""… and from a store besides."""
 FINE_TUNING = ("tinyvit-21m-in22k-to-in1k", "tinyvit-21m-384")
 """From labels, and from the weights of another run."""
 
@@ -67,14 +74,14 @@ def test_recipe(name, teacher, begun, folder, tmp_path):
     sets = [word for text in SMALL[name] for word in ("--set", text)]
     data = in_tars(folder, tmp_path / "tars") if name.endswith("-wds") else (folder,)
     common = ("--recipe", name, "--data", *data, "--image-size", "28", "--workers", "0", *sets)
-    rest = ()
+    rest = ("--teacher", teacher) if name in FROM_LAYERS else ()
     if name in FINE_TUNING:
         (tmp_path / "map.txt").write_text("9 8 7 6 5 4 3 2 -1 0")
         rest = ("--init-from", begun, "--set", f"student.class_map={tmp_path / 'map.txt'}")
-    elif name not in FROM_LABELS:
+    elif name not in FROM_LABELS + FROM_LAYERS or name in WITH_STORE:
         views = 4 if "fkd" in name else 2
         teach = ("--teacher", teacher, "--views", str(views), "--top-k", "3", "--precision", "fp32")
         assert run_json("teacher-logits", *common, *teach, "--out", tmp_path / "store")["rows"] == 600 * views
-        rest = ("--store", tmp_path / "store")
+        rest += ("--store", tmp_path / "store")
     train = ("--batch-size", "32", "--set", "train.steps=2")
     assert run_json("train", *common, *rest, *train, "--out", tmp_path / "run")["steps"] == 2
