@@ -280,8 +280,9 @@ def test_closed_forms() -> None:
 
 
 def test_images_that_are_alike_have_finite_relations_and_gradients() -> None:
-    ours = torch.randn(1, 4).expand(3, 4).clone().requires_grad_()
-    loss = relation(ours, torch.randn(3, 6), 25.0, 50.0)
+    one, other = torch.randn(2, 4)
+    ours = torch.stack([one, one, one, other]).requires_grad_()
+    loss = relation(ours, torch.randn(4, 6), 25.0, 50.0)
     loss.backward()
     assert loss.isfinite()
     assert ours.grad is not None
@@ -499,6 +500,11 @@ def test_losses_are_float32_under_autocast() -> None:
     for name, value in half.parts.items():
         assert value.dtype == torch.float32, name
         torch.testing.assert_close(value, plain.parts[name], rtol=0.05, atol=1e-3)
+    values = torch.randn(8, 48), torch.randn(8, 64)
+    for pair in objective.pairs[:2]:
+        exact = pair(*values, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(pair(*values, batch), exact)
 
 
 def test_what_is_trained_besides_the_student_is_the_objective_s() -> None:
