@@ -35,7 +35,8 @@ from distill_cli.ensemble import identity_of, lineage_of, open_stores
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
 from distill_cli.live_teacher import LiveTeacher
-from distill_cli.objectives import Objective, ObjectiveConfig, Setting, build, trains_classifier
+from distill_cli.objectives import Objective, ObjectiveConfig, Setting, build, needs_of
+from distill_cli.objectives.base import trains_classifier
 from distill_cli.objectives.supervised import SupervisedConfig
 from distill_cli.objectives.tinyvit import TinyViTConfig
 from distill_cli.optim import build_optimizer, settle
@@ -205,6 +206,12 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     elif val is None or val.labels is None:
         lack = "validation split" if val is None else "labels to validate on"
         report.warn(f"--data {recipe.data.path}: has no {lack}, so there is no top1; data.val names other images")
+    pieces = recipe.train.accumulate * world.size
+    if objective.relates_images and pieces > 1:
+        report.warn(
+            f"objective {config.name}: compares the images of a batch with each other, and sees {pieces} parts of it, "
+            "each by itself (train.accumulate, ranks)"
+        )
     return Experiment(
         recipe=settled,
         origins=origins,
@@ -307,7 +314,7 @@ def _classes(
         check_classes(source, f"--teacher {recipe.teacher.name}", frozen.num_classes, frozen.classes)
         known = frozen.num_classes
     count = recipe.student.num_classes or known
-    if count is None and not trains_classifier(config):
+    if count is None and not trains_classifier(needs_of(config)):
         count = 1
     if count is None:
         raise UsageError(f"--data {recipe.data.path}: has no labels; give a --store to learn from, or class folders")

@@ -75,7 +75,7 @@ def rehearse(config: ObjectiveConfig, recipe: Recipe, frozen: Frozen | None) -> 
 
 def leave_out(objective: Objective, report: Report) -> None:
     """Train nothing of a student that its objective does not reach."""
-    names = unreached(objective) if objective.partial else []
+    names = [] if objective.trains_classifier else unreached(objective)
     for name in names:
         objective.get_parameter(name).requires_grad_(False)
     if names:

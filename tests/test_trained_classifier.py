@@ -13,8 +13,6 @@ from distill_cli.checkpoint import RESULT
 from distill_cli.distributed import World
 from distill_cli.errors import MismatchError
 from distill_cli.evaluate import evaluate
-from distill_cli.objectives import TermsConfig, trains_classifier
-from distill_cli.objectives.supervised import Supervised, SupervisedConfig
 from distill_cli.recipe import Recipe, update
 from distill_cli.report import Report
 from distill_cli.students.weights import BEST, STUDENT, read_card
@@ -31,6 +29,11 @@ SETTINGS: dict[str, Any] = {
     "train.batch_size": 4,
     "train.steps": 1,
     "runtime.workers": 0,
+}
+
+
+MAE = {"objective.name": "dmae", "objective.alpha": 0.0} | {
+    f"objective.decoder.{name}": value for name, value in {"depth": 1, "width": 24, "heads": 3}.items()
 }
 
 
@@ -51,13 +54,11 @@ def recipe(**more: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of an objective that says that it trains none."""
+    """Of an objective that learns from neither labels nor logits."""
     out = tmp_path_factory.mktemp("untrained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Supervised, "trains_classifier", False)
-        report = Said()
-        summary = train(recipe(**{"objective.name": "supervised"}), out, WORLD, report)
-    assert "objective supervised trains no classifier: nothing is validated, and there is no top1" in report.lines
+    report = Said()
+    summary = train(recipe(**MAE), out, WORLD, report)
+    assert "objective dmae trains no classifier: nothing is validated, and there is no top1" in report.lines
     assert (summary.status, summary.top1, summary.nll) == ("done", None, None)
     return out
 
@@ -78,13 +79,13 @@ def test_its_weights_say_so(run: Path) -> None:
 
 
 def test_it_is_not_evaluated(run: Path) -> None:
-    line = f"^{run}: has no logits, as objective supervised trains no classifier; fine-tune it first, by distill train"
+    line = f"^{run}: has no logits, as objective dmae trains no classifier; fine-tune it first, by distill train"
     with pytest.raises(MismatchError, match=line):
         evaluate(Recipe(), str(run), WORLD, Report(quiet=True))
 
 
 def test_it_teaches_no_logits(run: Path) -> None:
-    line = f"^--teacher {run}: has no logits, as objective supervised trains no classifier"
+    line = f"^--teacher {run}: has no logits, as objective dmae trains no classifier"
     teacher = {"teacher.name": str(run), "data.path": "sample"}
     with pytest.raises(MismatchError, match=line):
         open_capture(update(Recipe(), teacher), WORLD, Report(quiet=True))
@@ -98,15 +99,8 @@ def test_what_begins_from_it_has_a_new_classifier_and_all_else_of_it(run: Path, 
     assert train(begun, tmp_path / "tuned", WORLD, Report(quiet=True)).top1 is not None
     before, after = (load_file(path / STUDENT) for path in (run, tmp_path / "tuned"))
     same = {name for name in before if torch.allclose(before[name], after[name], atol=1e-6)}
-    assert before.keys() - same == {"head.weight", "head.bias"}
+    assert before.keys() - same == {"head.weight"}  # Both biases begin at 0.
     (tmp_path / "map.txt").write_text(" ".join(map(str, range(10))))
     mapped = update(begun, {"student.class_map": str(tmp_path / "map.txt")})
     with pytest.raises(MismatchError, match=r"class_map .*: the classifier of .* was never trained; leave it out"):
         train(mapped, tmp_path / "mapped", WORLD, Report(quiet=True))
-
-
-def test_a_sum_trains_it_where_one_of_its_terms_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    terms = TermsConfig(terms={"label": SupervisedConfig()})
-    assert trains_classifier(terms)
-    monkeypatch.setattr(Supervised, "trains_classifier", False)
-    assert not trains_classifier(terms)

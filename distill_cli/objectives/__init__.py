@@ -14,6 +14,7 @@ from distill_cli.errors import UsageError
 from distill_cli.objectives.base import Losses, Need, Objective, Setting
 from distill_cli.objectives.deit import DeiT, DeiTConfig
 from distill_cli.objectives.dmae import DMAE, DMAEConfig
+from distill_cli.objectives.features import Features, FeaturesConfig
 from distill_cli.objectives.fkd import FKD, FKDConfig
 from distill_cli.objectives.supervised import Supervised, SupervisedConfig
 from distill_cli.objectives.terms import Terms
@@ -25,10 +26,11 @@ OBJECTIVES: dict[str, Any] = {
     "tinyvit": TinyViT,
     "fkd": FKD,
     "deit": DeiT,
+    "features": Features,
     "tinymim": TinyMIM,
     "dmae": DMAE,
 }
-SingleConfig = SupervisedConfig | TinyViTConfig | FKDConfig | DeiTConfig | TinyMIMConfig | DMAEConfig
+SingleConfig = SupervisedConfig | TinyViTConfig | FKDConfig | DeiTConfig | FeaturesConfig | TinyMIMConfig | DMAEConfig
 
 
 @section
@@ -57,7 +59,6 @@ __all__ = [
     "build",
     "needs_of",
     "singles",
-    "trains_classifier",
 ]
 
 
@@ -69,11 +70,6 @@ def singles(config: SingleConfig | TermsConfig) -> list[SingleConfig]:
 def needs_of(config: SingleConfig | TermsConfig) -> frozenset[Need]:
     """What the objective that a recipe names learns from."""
     return frozenset[Need]().union(*(OBJECTIVES[each.name].needs_of(each) for each in singles(config)))
-
-
-def trains_classifier(config: SingleConfig | TermsConfig) -> bool:
-    """Whether the objective that a recipe names, or one of its terms, trains the student's classifier."""
-    return any(OBJECTIVES[each.name].trains_classifier for each in singles(config))
 
 
 def build(config: SingleConfig | TermsConfig, student: nn.Module, setting: Setting) -> Objective:

@@ -64,7 +64,7 @@ class Objective(nn.Module):
     Most objectives are their `losses`: functions of what one pass of the student gives, so that several can share it
     (see `terms`). One that sees the student otherwise has a `forward` of its own, and says so in `own_forward`.
 
-    Losses are means over the batch unless the docstring says otherwise.
+    Losses are means over the batch; where they are not, `relates_images` says so.
     """
 
     needs: frozenset[Need] = frozenset()
@@ -73,11 +73,9 @@ class Objective(nn.Module):
     """Whether any student will do."""
     own_forward: bool = False
     """Whether in a sum it makes a pass of the student for itself."""
-    partial: bool = False
-    """Whether it may leave some of the student's parameters without a gradient; they are then not trained at all."""
-    trains_classifier: bool = True
-    """Whether the student's logits come to mean anything. A run without that validates nothing and teaches no logits,
-    and what begins from it begins with a new classifier."""
+    relates_images: bool = False
+    """Whether it compares images of a batch with each other. Such a loss is no mean over the images: it sees what is in
+    one pass at once, so that accumulated parts and ranks are other batches."""
 
     progress: Tensor
     """Of the run, 0 to 1, without dimensions: what ramps depend on."""
@@ -92,6 +90,11 @@ class Objective(nn.Module):
     def needs_of(cls, config: TermConfig) -> frozenset[Need]:
         """What it learns from with these settings."""
         return cls.needs
+
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether the student's logits come to mean anything: see `trains_classifier`."""
+        return trains_classifier(self.needs)
 
     def forward(self, batch: Batch) -> Losses:
         """The losses of one batch of this rank."""
@@ -123,6 +126,15 @@ class Objective(nn.Module):
     def __call__(self, batch: Batch, *args: Any, **kwargs: Any) -> Losses:
         losses: Losses = super().__call__(batch, *args, **kwargs)
         return losses
+
+
+def trains_classifier(needs: frozenset[Need]) -> bool:
+    """Whether an objective that learns from these trains the student's classifier, as from classes alone it can.
+
+    One that does not may leave some of the student without a gradient, which is then not trained at all. Its run
+    validates nothing and teaches no logits, and what begins from it begins with a new classifier.
+    """
+    return not needs.isdisjoint({"labels", "logits"})
 
 
 def as_evaluated(outputs: Outputs) -> Tensor:

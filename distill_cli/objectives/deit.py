@@ -88,6 +88,7 @@ class DeiT(Objective):
         """
         super().__init__(student, setting)
         self.config = config
+        self.relates_images = config.relates_images
         prepare(student, config.second_head, setting.image_size)
 
     def losses(self, outputs: Outputs, batch: Batch) -> Losses:

@@ -75,8 +75,6 @@ class DMAE(Objective):
 
     needs = frozenset({"teacher"})
     own_forward = True
-    partial = True
-    trains_classifier = False
 
     def __init__(self, student: nn.Module, config: DMAEConfig, setting: Setting) -> None:
         """

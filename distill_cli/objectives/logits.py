@@ -63,6 +63,11 @@ class LogitsConfig(TermConfig):
             raise PydanticCustomError("settings", "tail {tail}: {other} is of all classes; give uniform", given)
         return self
 
+    @property
+    def relates_images(self) -> bool:
+        """Whether the divergence is one of images of a batch together."""
+        return isinstance(self.divergence, DISTConfig) and self.divergence.intra != 0
+
     def beyond_samples(self) -> tuple[str, str] | None:
         if self.divergence.name not in OF_ANY_TAIL:
             return f"divergence: {self.divergence.name} needs the teacher's distribution", "give cross-entropy"

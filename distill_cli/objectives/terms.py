@@ -34,8 +34,7 @@ class Terms(Objective):
         self.terms: Mapping[str, Objective] = nn.ModuleDict(terms)  # type: ignore[assignment]
         self.weights = dict(weights)
         self.needs = frozenset[Need]().union(*(term.needs for term in terms.values()))
-        self.partial = all(term.partial for term in terms.values())
-        self.trains_classifier = any(term.trains_classifier for term in terms.values())
+        self.relates_images = any(term.relates_images for term in terms.values())
 
     def forward(self, batch: Batch) -> Losses:
         batch = self.taught(batch)

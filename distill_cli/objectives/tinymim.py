@@ -91,8 +91,6 @@ class TinyMIM(Objective):
     """
 
     needs = frozenset({"teacher"})
-    partial = True
-    trains_classifier = False
 
     def __init__(self, student: nn.Module, config: TinyMIMConfig, setting: Setting) -> None:
         """

@@ -54,6 +54,7 @@ class TinyViT(Objective):
     def __init__(self, student: nn.Module, config: TinyViTConfig, setting: Setting) -> None:
         super().__init__(student, setting)
         self.config = config
+        self.relates_images = config.relates_images
         self.needs = self.needs_of(config)
 
     @classmethod

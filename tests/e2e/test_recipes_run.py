@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from commands import run_json
+from commands import SMALL_TEACHER, run_json
 from served import write_tar
 
 from distill_cli.shipped import recipes
@@ -36,6 +36,9 @@ SMALL = {
     "dmae-base-in1k": (*SMALL_VIT, "objective.blocks=[[1,1]]", "objective.decoder={depth=1,width=48,heads=3}"),
     "dmae-base-in1k-finetune": SMALL_VIT,
     "fashion-dmae": (),
+    "fashion-features": (),
+    "fashion-tinyvit-features": (),
+    "mgd-resnet18-in1k": SMALL_TEACHER[1:2],
     "quickstart-teacher": (),
     "quickstart-student": (),
 }
@@ -46,6 +49,10 @@ def test_the_list_is_all_that_is_shipped():
 
 
 FROM_LABELS = ("fashion-teacher", "fashion-scratch", "quickstart-teacher")
+FROM_LAYERS = ("fashion-features", "fashion-tinyvit-features", "mgd-resnet18-in1k")
+"""From the layers of a teacher beside the student …"""
+WITH_STORE = ("fashion-tinyvit-features",)
+"""… and from a store besides."""
 FINE_TUNING = ("tinyvit-21m-in22k-to-in1k", "tinyvit-21m-384")
 """From labels, and from the weights of another run."""
 PRETRAINING = {
@@ -98,7 +105,7 @@ def test_recipe(name, teacher, begun, vit, folder, tmp_path):
     sets = in_flags(name)
     data = in_tars(folder, tmp_path / "tars") if name.endswith("-wds") else (folder,)
     common = ("--recipe", name, "--data", *data, "--image-size", "28", "--workers", "0", *sets)
-    rest = ()
+    rest = ("--teacher", teacher) if name in FROM_LAYERS else ()
     if name in FINE_TUNING:
         (tmp_path / "map.txt").write_text("9 8 7 6 5 4 3 2 -1 0")
         rest = ("--init-from", begun, "--set", f"student.class_map={tmp_path / 'map.txt'}")
@@ -113,10 +120,10 @@ def test_recipe(name, teacher, begun, vit, folder, tmp_path):
         live = ("--teacher", vit if before in BESIDE_A_VIT else teacher)
         few = ("--batch-size", "32", "--set", "train.steps=1", "--out", tmp_path / "pretrained")
         assert run_json("train", *first, *live, *few)["top1"] is None
-    elif name not in FROM_LABELS:
+    elif name not in FROM_LABELS + FROM_LAYERS or name in WITH_STORE:
         views = 4 if "fkd" in name else 2
         teach = ("--teacher", teacher, "--views", str(views), "--top-k", "3", "--precision", "fp32")
         assert run_json("teacher-logits", *common, *teach, "--out", tmp_path / "store")["rows"] == 600 * views
-        rest = ("--store", tmp_path / "store")
+        rest += ("--store", tmp_path / "store")
     train = ("--batch-size", "32", "--set", "train.steps=2")
     assert run_json("train", *common, *rest, *train, "--out", tmp_path / "run")["steps"] == 2

@@ -323,7 +323,7 @@ def test_it_may_be_a_term_beside_labels() -> None:
     losses = both(batch)
     torch.testing.assert_close(losses.total, expected)
     assert losses.parts.keys() == {"dmae.reconstruct", "dmae.distill", "label"}
-    assert not both.partial
+    assert both.trains_classifier
 
 
 def test_in_half_precision_its_losses_are_float32() -> None:
@@ -339,7 +339,7 @@ def test_in_half_precision_its_losses_are_float32() -> None:
 def test_its_state_has_decoder_and_projections_and_no_teacher() -> None:
     names = {name.split(".")[0] for name in make().state_dict()}
     assert names == {"student", "projections", "decoder"}
-    assert not DMAE.trains_classifier
+    assert not make().trains_classifier
 
 
 def test_what_it_does_not_reach_is_left_out_of_a_student_without_classes_too() -> None:
