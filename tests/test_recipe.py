@@ -137,7 +137,7 @@ def test_a_key_of_another_objective_says_so() -> None:
         ("store.codec=zip", "store.codec: input should be 'exact' or 'compact', not 'zip'"),
         (
             "objective.name=dino",
-            "objective.name: no such objective, 'dino'; there are supervised, tinyvit, fkd, deit, features, tinymim, dmae",
+            "objective.name: no such objective, 'dino'; there are supervised, tinyvit, fkd, deit, features",
         ),
         ("objective.alpha=0.5", "objective.name is missing"),
     ],
