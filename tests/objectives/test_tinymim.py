@@ -15,7 +15,8 @@ from distill_cli.errors import UsageError
 from distill_cli.live_teacher import LiveTeacher
 from distill_cli.objectives import SupervisedConfig, TermsConfig, build, tinymim
 from distill_cli.objectives.jitter import color_jitter, jittered
-from distill_cli.objectives.tinymim import TinyMIM, TinyMIMConfig, relation_divergence, split
+from distill_cli.objectives.relation_sides import split
+from distill_cli.objectives.tinymim import TinyMIM, TinyMIMConfig, relation_divergence
 from distill_cli.report import Report
 from distill_cli.teachers import Frozen
 from distill_cli.teaching import leave_out, unreached
