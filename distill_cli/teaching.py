@@ -23,7 +23,7 @@ from distill_cli.recipe import Recipe
 from distill_cli.report import Report
 from distill_cli.sparse import top_k
 from distill_cli.store.reader import Store
-from distill_cli.students.build import constructor_arguments, create, input_config
+from distill_cli.students.build import check_forward, constructor_arguments, create, input_config
 from distill_cli.teachers import Frozen, check_classifier, load_frozen
 
 
@@ -68,9 +68,11 @@ def rehearse(config: ObjectiveConfig, recipe: Recipe, frozen: Frozen | None) -> 
     size = recipe.student.img_size or recipe.data.image_size
     classes = recipe.student.num_classes or (frozen.num_classes if frozen else 2)
     student = create(recipe.student.name, num_classes=classes, arguments=constructor_arguments(recipe.student, size))
+    seen = int(input_config(student, size)["input_size"][-1])
+    check_forward(student, recipe.student.name, seen)
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     live = LiveTeacher(frozen, mean, std, torch.device("cpu")) if frozen else None
-    build(config, student, Setting(int(input_config(student, size)["input_size"][-1]), mean, std, teacher=live))
+    build(config, student, Setting(seen, mean, std, teacher=live))
 
 
 def leave_out(objective: Objective, report: Report) -> None:

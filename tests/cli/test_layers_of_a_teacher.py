@@ -99,6 +99,14 @@ def test_layers_that_do_not_fit_are_refused_before_the_data_is_opened(
     assert said in refused(2, "train", *arguments)
 
 
+def test_a_student_that_does_not_take_the_size_is_refused_in_a_line(
+    refused: Refused, run: Made, tmp_path: Path
+) -> None:
+    arguments = ("--student", "levit-128s", "--image-size", "20", "--objective", "features", "--teacher", run.path)
+    said = refused(2, "train", *arguments, "--data", "/nowhere", "--out", tmp_path / "out")
+    assert said.startswith("levit-128s: does not take 20 px images (")
+
+
 def test_it_has_no_use_for_a_store_alone(refused: Refused, store: Made, folder: Path, tmp_path: Path) -> None:
     arguments = (*FEATURES, "--store", store.path, "--data", folder, "--out", tmp_path / "out")
     assert "objective features: learns from more of a teacher than the logits of a store; leave --store out" in refused(
