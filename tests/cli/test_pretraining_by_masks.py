@@ -23,14 +23,14 @@ def test_pretrained_without_labels_then_fine_tuned(
 
     teacher, run, tuned = (tmp_path / name for name in ("teacher", "run", "tuned"))
     train("--set", "student.depth=3", "--set", "train.steps=1", "--out", teacher)
-    bare = ("--set", "data.labelled=false", "--set", "student.num_classes=3")
+    bare = ("--set", "data.labelled=false")
     steps = ("--set", "student.depth=2", "--set", "train.steps=2", "--set", "train.log_every=1")
     train(*DMAE, *bare, *steps, "--teacher", teacher, "--out", run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all({"reconstruct", "distill"} <= line.keys() for line in lines if "loss" in line)
 
     weights = load_file(run / "student.safetensors")
-    shape = {"img_size": 28, "patch_size": 7, "embed_dim": 24, "num_heads": 2, "depth": 2, "num_classes": 3}
+    shape = {"img_size": 28, "patch_size": 7, "embed_dim": 24, "num_heads": 2, "depth": 2, "num_classes": 1}
     timm.create_model("vit_tiny_patch16_224", **shape).load_state_dict(weights)
     kept = load_file(max((run / "checkpoints").iterdir()))
     assert {name.split(".")[1] for name in kept if name.startswith("model.")} == {"student", "projections", "decoder"}
@@ -38,6 +38,10 @@ def test_pretrained_without_labels_then_fine_tuned(
     train(*steps, "--init-from", run, "--set", "train.lr=1e-12", "--out", tuned)
     after = load_file(tuned / "student.safetensors")
     assert (after["blocks.1.mlp.fc1.weight"] - weights["blocks.1.mlp.fc1.weight"]).abs().max() < 1e-6
+
+    alone = tmp_path / "alone"
+    train(*DMAE, "--set", "objective.alpha=0", "--set", "data.labelled=false", *steps, "--out", alone)
+    train(*steps, "--init-from", alone, "--out", tmp_path / "from-alone")
 
     other = ("--set", "student.patch_size=4", "--data", folder, "--out", tmp_path / "other")
     said = refused(2, "train", *VIT, *DMAE, *other, "--teacher", teacher)
