@@ -31,6 +31,7 @@ from distill_cli.data.views import (
 )
 from distill_cli.distributed import World
 from distill_cli.ema import build_ema
+from distill_cli.engine import check_engine, prepare
 from distill_cli.ensemble import identity_of, lineage_of, open_stores
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
@@ -168,6 +169,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     """
     if recipe.student.name is None:
         raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
+    check_engine(recipe, world)
     check_begin(recipe.train.init_from, recipe.student.class_map, recipe.student.pretrained)
     config = recipe.objective or (TinyViTConfig() if recipe.store.path else SupervisedConfig())
     frozen = open_teacher(config, recipe)
@@ -195,7 +197,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     check_needs(config, settled, source, store)
     live = None if frozen is None else LiveTeacher(frozen, view.mean, view.std, world.device)
     setting = Setting(view.image_size, view.mean, view.std, recipe.train.seed, live)
-    objective = build(config, student, setting).to(world.device)
+    objective = build(config, prepare(student, recipe, world), setting).to(world.device)
     leave_out(objective, report)
     _warn(recipe, source, val, store, student, view, report)
     return Experiment(
@@ -279,8 +281,12 @@ def _warn(
     report: Report,
 ) -> None:
     batch_size, views = recipe.train.batch_size, recipe.train.views_per_read
-    if recipe.train.freeze_bn and not has_batch_norm(student):
-        report.warn(f"train.freeze_bn: {recipe.student.name} has no BatchNorm to freeze")
+    for field, asked, what in (
+        ("freeze_bn", recipe.train.freeze_bn, "freeze"),
+        ("sync_bn", recipe.train.sync_bn, "synchronise"),
+    ):
+        if asked and not has_batch_norm(student):
+            report.warn(f"train.{field}: {recipe.student.name} has no BatchNorm to {what}")
     if view.mixes and views > 1:
         report.warn(
             f"--views-per-read {views}: each view mixes a sample with another one, which is decoded in addition: "
