@@ -52,14 +52,27 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over all ranks, of each value."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def agree(self, number: int) -> int:
         """The largest of the ranks' numbers: one rank's signal stops all of them at the same step."""
-        if self.size == 1:
-            return number
         # On the host: nobody waits for a GPU.
-        largest = torch.tensor(number)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest.item())
+        return number if self.size == 1 else int(self.largest(torch.tensor(number)).item())
+
+    def count(self, number: int) -> int:
+        """The sum of the ranks' numbers, on the host too."""
+        return number if self.size == 1 else int(self.sum(torch.tensor(number)).item())
+
+    def take_statistics(self, module: nn.Module) -> None:
+        """Rank 0's of BatchNorm, on all ranks: those that a checkpoint holds."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                if buffer.is_floating_point():
+                    dist.broadcast(buffer, 0)
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -352,6 +352,10 @@ def training_order(recipe: Recipe, source: Source, store: Store | None, view: Vi
             "give fewer, or a larger --batch-size"
         )
     sample_ids = store.sample_ids if store else np.arange(len(source))
+    if len(sample_ids) < world.size:
+        raise UsageError(
+            f"--data {recipe.data.path}: {len(sample_ids)} images for {world.size} ranks; take fewer ranks"
+        )
     tars = _tars(recipe, source, sample_ids)
     return TrainingOrder(
         sample_ids=sample_ids,

@@ -121,12 +121,14 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     setup = open_experiment(recipe, world, report)
     finished(out, setup)
     report.stage("timing a few steps")
-    guard = Guard(setup.optimizer)
+    model = world.wrap(setup.objective)
+    guard = Guard(setup.optimizer, world)
     start = images = 0.0
     for number, batch in enumerate(training_batches(setup, 0, min(BILL_STEPS, setup.steps), world)):
-        _step(setup.objective, batch, number, setup, world, guard)
+        seen = _images(batch, setup, world)
+        _step(model, batch, seen, number, setup, world, guard)
         # The first step pays for the loader's start, and is not timed unless it is the only one.
-        images += len(batch) if start else 0
+        images += seen if start else 0
         start = start or time.monotonic()
     images_per_s = images / max(time.monotonic() - start, 1e-3)
     tensors = checkpoint_tensors(setup.objective, setup.optimizer, setup.ema).values()
@@ -156,7 +158,7 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     world.barrier()
     model = world.wrap(objective)
     batches = training_batches(setup, done.step, setup.steps, world)
-    window, guard, due = Window(world.device), Guard(setup.optimizer), Due(config.save_every)
+    window, guard, due = Window(world), Guard(setup.optimizer, world), Due(config.save_every)
     report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
     images = order.images_per_step
     with (
@@ -184,14 +186,16 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
             batch = next(batches)
             waited = time.monotonic() - began
             if done.step == 0:
-                seen = colours(batch.images[:PICTURES], setup.view.mean, setup.view.std)
-                history.image(0, "inputs", grid(seen))
-            losses, grad_norm = _step(model, batch, done.step, setup, world, guard)
-            done.add(len(batch) * world.size, len(batch.skipped), time.monotonic() - began)
-            window.add(done.step, losses, grad_norm, len(batch) * world.size, waited)
+                history.image(0, "inputs", grid(colours(batch.images[:PICTURES], setup.view.mean, setup.view.std)))
+            seen = _images(batch, setup, world)
+            losses, grad_norm = _step(model, batch, seen, done.step, setup, world, guard)
+            skipped = world.count(len(batch.skipped)) if setup.recipe.data.skip_unreadable else 0
+            done.add(seen, skipped, time.monotonic() - began)
+            window.add(done.step, losses, grad_norm, seen, waited, len(batch) / seen)
             progress.advance(images, window.note)
-            stop = world.agree(signals.received)
-            saves = stop or setup.ends_at(done.step) or due.at(done.step)
+            # Clocks differ, and what follows a save is work of all ranks.
+            stop, saves = divmod(world.agree(2 * signals.received + due.at(done.step)), 2)
+            saves = saves or stop or setup.ends_at(done.step)
             logs = done.step % config.log_every == 0 or done.step == setup.steps
             if saves or logs or guard.refused:
                 check_finite(window, setup, saver, world)
@@ -199,8 +203,9 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
                 epoch = round((done.step - 1) / order.steps_per_epoch, 4)
                 lr = setup.learning_rate(done.step - 1)
                 history.log(done.step, {"epoch": epoch, "lr": lr, **window.flush()}, "train")
-            if saves and world.is_main:
-                saver.save(snapshot(done.step, objective, setup.optimizer, done.state(setup), setup.ema))
+            if saves:
+                if world.is_main:
+                    saver.save(snapshot(done.step, objective, setup.optimizer, done.state(setup), setup.ema))
                 due.saved()
             if stop:
                 saver.wait()
@@ -226,10 +231,20 @@ def _history(setup: Experiment, out: Path, step: int, world: World, report: Repo
     return History(out, step, trackers, write=world.is_main)
 
 
+def _images(batch: Batch, setup: Experiment, world: World) -> int:
+    """Of a step, over all ranks: their slices differ where they do not divide it, or some of it cannot be read."""
+    same = setup.order.samples_per_step % world.size == 0 and not setup.recipe.data.skip_unreadable
+    return len(batch) * world.size if same else world.count(len(batch))
+
+
 def _step(
-    model: nn.Module, batch: Batch, step: int, setup: Experiment, world: World, guard: Guard
+    model: nn.Module, batch: Batch, images: int, step: int, setup: Experiment, world: World, guard: Guard
 ) -> tuple[Losses, Tensor]:
-    """One optimiser step; what it draws depends on (seed, step, rank) alone."""
+    """One optimiser step; what it draws depends on (seed, step, rank) alone.
+
+    Args:
+        images: of the step, over all ranks.
+    """
     config, objective = setup.recipe.train, setup.objective
     set_learning_rate(setup.optimizer, setup.learning_rate(step))
     torch.manual_seed(derive("step", config.seed, step, world.rank))
@@ -238,7 +253,8 @@ def _step(
         freeze_batch_norm(objective.student)
     objective.go_to(step / setup.steps)
     setup.optimizer.zero_grad(set_to_none=True)
-    losses = backward(model, batch, config.accumulate, world, config.precision)
+    weight = len(batch) * world.size / images
+    losses = backward(model, batch, config.accumulate, world, config.precision, weight)
     grad_norm = clip_gradients(objective, config)
     if not guard.grants(losses, grad_norm):
         return losses, grad_norm
@@ -310,6 +326,7 @@ def _validate(
     for prefix, student in students.items():
         # LeViT and TinyViT keep their attention biases in evaluation; up to timm 1.0.22 only train() drops them.
         student.train().eval()
+        world.take_statistics(student)
         batches = _until(signals, validation, world, common, saver)
         with Report(quiet=True).progress("", 0) as progress:
             accuracy = measure_accuracy(student, batches, setup.classes, world, "fp32", progress)
