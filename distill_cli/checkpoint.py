@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -110,14 +111,22 @@ def _slots(optimizer: Optimizer) -> dict[str, Any]:
 
 def _fill(optimizer: Optimizer, slots: Mapping[str, Any]) -> None:
     """Give a fresh optimiser what another one remembered."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, slot in slots.items():
         if not name.startswith("group."):
             index, kind = name.split(".", 1)
-            state.setdefault(int(index), {})[kind] = slot
+            state.setdefault(int(index), {})[kind] = _lying_as(parameters[int(index)], slot)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     for name, step in _below(slots, "group.").items():
         optimizer.param_groups[int(name.removesuffix(".step"))]["step"] = step
+
+
+def _lying_as(parameter: Tensor, slot: Any) -> Any:
+    """A slot of a parameter's shape in its order in memory: a fused optimiser reads both by one index."""
+    if not isinstance(slot, Tensor) or slot.shape != parameter.shape or slot.stride() == parameter.stride():
+        return slot
+    return torch.empty_like(parameter, dtype=slot.dtype, device=slot.device).copy_(slot)
 
 
 def _below(values: Mapping[str, T], prefix: str) -> dict[str, T]:

@@ -18,6 +18,7 @@ from distill_cli.data.loader import Batch, Loader
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.divergence import Guard, check_finite
+from distill_cli.engine import compile_forward
 from distill_cli.experiment import Experiment, class_names, open_experiment
 from distill_cli.files import check_ours, free_bytes, remove_temporaries, write_json
 from distill_cli.history import History, Window, last_validation
@@ -121,7 +122,7 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     setup = open_experiment(recipe, world, report)
     finished(out, setup)
     report.stage("timing a few steps")
-    model = world.wrap(setup.objective)
+    model = _wrapped(setup, world)
     guard = Guard(setup.optimizer, world)
     start = images = 0.0
     for number, batch in enumerate(training_batches(setup, 0, min(BILL_STEPS, setup.steps), world)):
@@ -156,7 +157,7 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
         assert setup.taught is not None
         prove_replay(setup.store, setup.source, train_transform(setup.taught))
     world.barrier()
-    model = world.wrap(objective)
+    model = _wrapped(setup, world)
     batches = training_batches(setup, done.step, setup.steps, world)
     window, guard, due = Window(world), Guard(setup.optimizer, world), Due(config.save_every)
     report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
@@ -212,6 +213,14 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
                 raise stopped(stop, f"{out}: saved at step {done.step} of {setup.steps}; the same command goes on")
         saver.wait()
     return _finish(setup, out, done, world, report)
+
+
+def _wrapped(setup: Experiment, world: World) -> nn.Module:
+    """The objective as it is called: its student compiled where that is asked for, and its ranks in step."""
+    for student in (setup.objective.student, setup.ema and setup.ema.module):
+        if student is not None:
+            compile_forward(student, setup.recipe.runtime)
+    return world.wrap(setup.objective)
 
 
 def _with_caches(setup: Experiment, world: World, report: Report) -> Experiment:

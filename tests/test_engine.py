@@ -73,3 +73,56 @@ def test_torch_still_has_no_synchronised_batch_norm_on_the_cpu(tmp_path: Path) -
             nn.SyncBatchNorm(3).train()(torch.randn(2, 3, 4, 4))
     finally:
         dist.destroy_process_group()
+
+
+# runtime.channels_last.
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "name", "last"),
+    [
+        ("auto", "cpu", "resnet18", False),
+        ("auto", "cuda", "resnet18", True),
+        ("auto", "cuda", "tiny_vit_5m_224", True),
+        ("auto", "cuda", "deit_tiny_distilled_patch16_224", False),
+        (True, "cpu", "resnet18", True),
+        (False, "cuda", "resnet18", False),
+    ],
+)
+def test_convolutions_lie_channels_last_where_it_is_asked_for_or_helps(
+    asked: bool | str, device: str, name: str, last: bool
+) -> None:
+    student = timm.create_model(name, num_classes=3)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    student = prepare(student, parse({"runtime.channels_last": asked}), World(torch.device(device)))
+    weights = [each.weight for each in student.modules() if isinstance(each, nn.Conv2d) and each.kernel_size > (1, 1)]
+    found = {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.shape[1] > 1}
+    assert found == {last}
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+
+
+def test_what_comes_out_of_such_convolutions_lies_so_too() -> None:
+    student = prepare(timm.create_model("test_byobnet"), parse({"runtime.channels_last": True}), World(CPU))
+    features = student.forward_features(torch.randn(2, 3, 64, 64))
+    assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+# runtime.compile.
+
+
+def test_cuda_graphs_need_cuda() -> None:
+    with pytest.raises(UsageError, match="cuda-graphs needs CUDA; give --compile, or train on CUDA"):
+        check_engine(parse({"runtime.compile": "cuda-graphs"}), World(CPU))
+
+
+@pytest.mark.parametrize(("variable", "said"), [(None, r"no g\+\+|no clang\+\+"), ("ccache no-such-c++", "no ccache")])
+def test_without_a_compiler_there_is_one_line(
+    variable: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if variable:
+        monkeypatch.setenv("CXX", variable)
+    with pytest.raises(UsageError, match=rf"--compile: torch.compile needs a compiler, and there is ({said}); install"):
+        check_engine(parse({"runtime.compile": True}), World(CPU))
+    check_engine(Recipe(), World(CPU))

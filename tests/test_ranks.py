@@ -145,6 +145,16 @@ def test_a_run_goes_on_on_another_number_of_ranks(image_folder: Path, trained: C
     check_same(alone, run, "student-plain")
 
 
+def test_channels_last_changes_no_more_than_rounding(image_folder: Path, trained: Callable[..., Path]) -> None:
+    asked = recipe(image_folder, **{**RESNET, "train.batch_size": 12, "train.steps": 6, "train.save_every": 3})
+    last = replace(asked, runtime=replace(asked.runtime, channels_last=True))
+    run = trained(last, 1, "last")
+    (run / "result.json").unlink()
+    max((run / "checkpoints").iterdir()).unlink()
+    trained(last, 1, "last")
+    check_same(trained(asked, 1), run)
+
+
 def test_more_ranks_than_images_are_refused(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"18 images for 19 ranks; take fewer ranks"):
         train.train(recipe(image_folder, train__batch_size=19), tmp_path / "run", World(CPU, 0, 19), Report(quiet=True))
