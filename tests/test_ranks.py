@@ -82,15 +82,15 @@ def lines(run: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name not in measured} for line in found]
 
 
-def check_same(one: Path, other: Path, *names: str) -> None:
-    """The same losses and weights to 1e-5, and the same images validated."""
+def check_same(one: Path, other: Path, *names: str, within: float = 1e-5) -> None:
+    """The same losses and weights, and the same images validated."""
     assert len(lines(one)) == len(lines(other))
     for mine, theirs in zip(lines(one), lines(other), strict=True):
-        assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-5)
+        assert theirs == pytest.approx(mine, rel=10 * within, abs=within)
     for name in ("student", *names):
         weights, there = (load_file(run / f"{name}.safetensors") for run in (one, other))
         for key, value in weights.items():
-            torch.testing.assert_close(there[key], value, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(there[key], value, rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -152,7 +152,7 @@ def test_channels_last_changes_no_more_than_rounding(image_folder: Path, trained
     (run / "result.json").unlink()
     max((run / "checkpoints").iterdir()).unlink()
     trained(last, 1, "last")
-    check_same(trained(asked, 1), run)
+    check_same(trained(asked, 1), run, within=1e-4)
 
 
 def test_more_ranks_than_images_are_refused(image_folder: Path, tmp_path: Path) -> None:
