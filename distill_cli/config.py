@@ -69,5 +69,7 @@ class RuntimeConfig:
     """`--compile`: of `train`, the student by torch.compile; `cuda-graphs`: and a step of it as CUDA graphs."""
     channels_last: bool | Literal["auto"] = "auto"
     """Of `train`: how the student's convolutions lie in memory; `auto`: so on CUDA, where it has more than one."""
+    fsdp: bool = False
+    """Of `train` on several ranks: weights, gradients and optimiser in parts, one on each rank."""
     timeout_s: PositiveFloat = 1800
     """Of ranks: how long one waits for the others before it gives up."""

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from distill_cli.config import RuntimeConfig
@@ -36,14 +37,16 @@ class World:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module as DDP, where there are several ranks."""
-        if self.size == 1:
+        """The module as DDP, where there are several ranks; one that is in parts is in step already."""
+        if self.size == 1 or isinstance(module, FSDPModule):
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids)
 
     def synced(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a forward and a backward pass: only in the last of a step do the ranks add up their gradients."""
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last)
         return contextlib.nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
 
     def sum(self, values: Tensor) -> Tensor:

@@ -64,8 +64,10 @@ def check_finite(window: Window, setup: Experiment, saver: Saver, world: World) 
     saved, path = checkpoints(saver.run), saver.run / f"nan-{step}.json"
     last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
     parts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    if world.is_main or setup.sharded:
+        began = snapshot(step - 1, setup.objective, setup.optimizer, {}, setup.ema)
     if world.is_main:
-        snapshot(step - 1, setup.objective, setup.optimizer, {}, setup.ema).write(path.with_suffix(".safetensors"))
+        began.write(path.with_suffix(".safetensors"))
         write_json(path, _record(step, values, setup, world.size))
     raise DistillError(
         f"{saver.run}: the loss or its gradient is not finite at step {step} ({parts}); {last}; lower --lr or use "

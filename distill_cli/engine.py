@@ -13,6 +13,7 @@ from distill_cli.config import RuntimeConfig
 from distill_cli.distributed import World
 from distill_cli.errors import UsageError
 from distill_cli.recipe import Recipe
+from distill_cli.sharding import check_sharding
 
 
 def check_engine(recipe: Recipe, world: World) -> None:
@@ -28,6 +29,8 @@ def check_engine(recipe: Recipe, world: World) -> None:
         raise UsageError("runtime.compile: cuda-graphs needs CUDA; give --compile, or train on CUDA")
     if recipe.runtime.compile:
         _check_compiler(kind)
+    if recipe.runtime.fsdp:
+        check_sharding(recipe)
 
 
 def _check_compiler(kind: str) -> None:
@@ -61,8 +64,8 @@ def prepare(student: nn.Module, recipe: Recipe, world: World) -> nn.Module:
 
 
 def _channels_last(student: nn.Module, config: RuntimeConfig, world: World) -> bool:
-    if config.channels_last != "auto":
-        return config.channels_last
+    if config.channels_last != "auto" or config.fsdp:
+        return config.channels_last is True
     # One cuts the patches of a ViT, whose tokens have no channels to be last.
     convolutions = sum(isinstance(each, nn.Conv2d) for each in student.modules())
     return world.device.type == "cuda" and convolutions > 1

@@ -45,6 +45,7 @@ from distill_cli.recipe import fingerprint as recipe_fingerprint
 from distill_cli.replay import check_data, stored_partners
 from distill_cli.report import Report
 from distill_cli.schedules import learning_rate
+from distill_cli.sharding import is_sharded, shard
 from distill_cli.software import versions
 from distill_cli.store.dealing import Dealing
 from distill_cli.store.reader import Store
@@ -126,6 +127,11 @@ class Experiment:
         """An epoch, or the run."""
         return step % self.order.steps_per_epoch == 0 or step == self.steps
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the ranks have parts of the weights, so that all of them take part in saving."""
+        return is_sharded(self.objective)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with besides the recipe."""
@@ -199,6 +205,9 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     setting = Setting(view.image_size, view.mean, view.std, recipe.train.seed, live)
     objective = build(config, prepare(student, recipe, world), setting).to(world.device)
     leave_out(objective, report)
+    ema = build_ema(objective.student, settled.train)
+    if recipe.runtime.fsdp and world.size > 1:
+        shard(objective, ema, world)
     _warn(recipe, source, val, store, student, view, report)
     return Experiment(
         recipe=settled,
@@ -210,7 +219,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
         taught=taught,
         objective=objective,
         optimizer=build_optimizer(objective, settled.train),
-        ema=build_ema(objective.student, settled.train),
+        ema=ema,
         order=order,
         classes=classes,
         arguments=arguments,

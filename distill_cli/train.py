@@ -1,9 +1,10 @@
 """`distill train`: train a student, from labels, from a store, or from both."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from distill_cli.report import Report
 from distill_cli.run import LOG, begin, check_identity, finished
 from distill_cli.saver import Due, Saver, newest
 from distill_cli.schedules import set_learning_rate
+from distill_cli.sharding import in_step
 from distill_cli.students.build import freeze_batch_norm, parameters_in_millions
-from distill_cli.students.weights import BEST, PLAIN, STUDENT, save_student
+from distill_cli.students.weights import BEST, PLAIN, STUDENT, Card, save_student
 from distill_cli.trackers import check_installed, open_trackers
 from distill_cli.training_batches import training_batches
 
@@ -173,9 +175,9 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
             saver.best = history.best
             if setup.validates_at(done.step) and done.step not in history.validated:
                 numbers, accuracy = _validate(setup, validation, world, signals, saver)
+                if history.is_best(numbers):
+                    _deliver(out / BEST, setup, numbers, world)
                 if world.is_main:
-                    if history.is_best(numbers):
-                        _deliver(out / BEST, setup, numbers)
                     names = class_names(setup.source, setup.store)
                     write_json(out / VALIDATION, {"step": done.step, "classes": names, **asdict(accuracy)})
                 history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **numbers}, "val")
@@ -205,8 +207,10 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
                 lr = setup.learning_rate(done.step - 1)
                 history.log(done.step, {"epoch": epoch, "lr": lr, **window.flush()}, "train")
             if saves:
+                if world.is_main or setup.sharded:
+                    taken = snapshot(done.step, objective, setup.optimizer, done.state(setup), setup.ema)
                 if world.is_main:
-                    saver.save(snapshot(done.step, objective, setup.optimizer, done.state(setup), setup.ema))
+                    saver.save(taken)
                 due.saved()
             if stop:
                 saver.wait()
@@ -328,17 +332,23 @@ def _validate(
         The numbers of both, and all that is known of the student that `student.safetensors` would be.
     """
     assert setup.val is not None
-    # Of which every rank has at least so many.
-    common = len(setup.val) // world.size // setup.recipe.eval.batch_size
-    students = {"": setup.objective.student} | ({} if setup.ema is None else {"ema_": setup.ema.module})
+    size = setup.recipe.eval.batch_size
+    fewest, most = -(-(len(setup.val) // world.size) // size), -(-len(setup.val) // (world.size * size))
+    blank = torch.zeros(1, 3, setup.view.image_size, setup.view.image_size, device=world.device)
+    models: list[tuple[str, nn.Module, Callable[[Tensor], Tensor]]]
+    models = [("", setup.objective.student, setup.objective.evaluated)]
+    if setup.ema is not None:
+        models.append(("ema_", setup.ema.module, setup.ema.module))
     numbers: dict[str, float] = {}
-    for prefix, student in students.items():
+    for prefix, student, model in models:
         # LeViT and TinyViT keep their attention biases in evaluation; up to timm 1.0.22 only train() drops them.
         student.train().eval()
         world.take_statistics(student)
-        batches = _until(signals, validation, world, common, saver)
+        batches = _until(signals, validation, world, fewest, saver)
+        if setup.sharded:
+            batches = in_step(batches, most, partial(model, blank))
         with Report(quiet=True).progress("", 0) as progress:
-            accuracy = measure_accuracy(student, batches, setup.classes, world, "fp32", progress)
+            accuracy = measure_accuracy(model, batches, setup.classes, world, "fp32", progress)
         numbers |= {prefix + name: getattr(accuracy, name) for name in ("top1", "top5", "nll", "ece", "images")}
     return numbers, accuracy
 
@@ -347,10 +357,10 @@ def _until(signals: Signals, batches: Iterable[Batch], world: World, common: int
     """Break off a validation on a signal: its checkpoint is saved, and the next attempt begins with it.
 
     Args:
-        common: batches in which all ranks can ask each other.
+        common: batches that every rank has, in which all can ask each other.
     """
     for number, batch in enumerate(batches):
-        if number < max(1, common) and (stop := world.agree(signals.received)):
+        if number < common and (stop := world.agree(signals.received)):
             saver.wait()
             raise stopped(stop, f"{saver.run}: while validating, after saving; the same command goes on")
         yield batch
@@ -375,17 +385,23 @@ def _finish(setup: Experiment, out: Path, done: _Done, world: World, report: Rep
         skipped=done.skipped,
         plain_top1=final.get("top1") if ema else None,
     )
+    if ema is not None:
+        card = setup.card(final.get("top1"), final.get("top5"))
+        _save(out / PLAIN, setup.objective.student, card, setup, world)
+    _deliver(out / STUDENT, setup, final, world)
     if world.is_main:
-        if ema is not None:
-            save_student(out / PLAIN, setup.objective.student, setup.card(final.get("top1"), final.get("top5")))
-        _deliver(out / STUDENT, setup, final)
         write_json(out / RESULT, {**asdict(summary), "identity": setup.identity})
     report.stage(f"{out}: finished")
     return summary
 
 
-def _deliver(path: Path, setup: Experiment, numbers: Mapping[str, Any]) -> None:
+def _deliver(path: Path, setup: Experiment, numbers: Mapping[str, Any], world: World) -> None:
     """Save the student, which is the average where there is one, with what it reached."""
     kind, student = ("", setup.objective.student) if setup.ema is None else ("ema_", setup.ema.module)
     card = setup.card(numbers.get(f"{kind}top1"), numbers.get(f"{kind}top5"), setup.recipe.train.ema_decay or None)
-    save_student(path, student, card)
+    _save(path, student, card, setup, world)
+
+
+def _save(path: Path, student: nn.Module, card: Card, setup: Experiment, world: World) -> None:
+    if world.is_main or setup.sharded:
+        save_student(path, student, card, write=world.is_main)
