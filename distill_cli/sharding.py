@@ -23,7 +23,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd", "momentum", "lion")
 def check_sharding(recipe: Recipe) -> None:
     """
     Raises:
-        UsageError: something looks at whole tensors, of which a rank has a part.
+        UsageError: something looks at whole tensors, of which a rank has a part, or at a student as one graph.
     """
     if recipe.train.opt not in OPTIMIZERS:
         raise UsageError(
@@ -32,6 +32,10 @@ def check_sharding(recipe: Recipe) -> None:
         )
     if recipe.train.clip_mode == "agc":
         raise UsageError("runtime.fsdp: clip_mode agc looks at whole tensors; give norm or value, or leave it out")
+    if recipe.runtime.compile:
+        raise UsageError(
+            "runtime.fsdp: gathers weights between graphs, which is not compiled here; leave one of them out"
+        )
     if recipe.runtime.channels_last is True:
         raise UsageError("runtime.fsdp: takes no weights that lie channels last; leave out runtime.channels_last")
 
