@@ -99,9 +99,11 @@ def world(config: RuntimeConfig) -> Iterator[World]:
         yield World(device, workers=workers)
         return
     timeout = timedelta(seconds=config.timeout_s)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=timeout
-    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    # torchrun keeps its store for the next attempt, whose ranks must not find the addresses of this one's.
+    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
     try:
         with _one_line_for_lost_ranks():
             yield World(device, rank, size, workers)
