@@ -29,8 +29,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from distill_cli.data import open_source
+from distill_cli.data.batches import Batches
 from distill_cli.data.config import DataConfig
-from distill_cli.data.loader import Batches, load
+from distill_cli.data.loader import load
 from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import Source, fingerprint
 from distill_cli.data.views import View, resolve_view, train_transform

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill_cli.data import image_cache, open_source
+from distill_cli.data.batches import Batches
 from distill_cli.data.config import DataConfig
-from distill_cli.data.loader import Batches, in_workers
+from distill_cli.data.loader import in_workers
 from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import Source
 from distill_cli.data.views import resolve_view, train_transform

@@ -1,4 +1,4 @@
-"""Bytes of a loss on logits, forward and backward, as a multiple of the logits themselves.
+"""Bytes of a loss on logits, forward and backward, as a multiple of the logits themselves; of TinyMIM's relations.
 
     python benchmarks/memory.py [--batch 1024 --classes 21841 --k 100] [--device cuda]
 
@@ -8,16 +8,21 @@ sum of all allocations and frees that torch's profiler reports, kernels' own inc
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.objectives.dist import DISTConfig
 from distill_cli.objectives.logits import LogitsConfig, soft_loss
+from distill_cli.objectives.tinymim import relation_divergence
 from distill_cli.sparse import top_k
+
+Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 LOSSES = {
     "cross-entropy": LogitsConfig(),
@@ -46,6 +51,11 @@ def main() -> None:
         print(f"{name:16}" + "".join(f"{ratio:9.2f}" for ratio in ratios), flush=True)
     ratios = [dense_ratio(*shape, dtype) for dtype in (torch.float32, torch.bfloat16)]
     print(f"{'dense target':16}" + "".join(f"{ratio:9.2f}" for ratio in ratios))
+    print(f"\n{'relation':16}{'float32':>9}{'s':>9}")
+    for name, divergence in {"tinymim": relation_divergence, "whole maps": whole_divergence}.items():
+        began = time.monotonic()
+        ratio = relation_ratio(divergence, 128, 16, 197, given.device)
+        print(f"{name:16}{ratio:9.2f}{time.monotonic() - began:9.2f}")
 
 
 def loss_ratio(
@@ -78,6 +88,21 @@ def dense_ratio(batch: int, classes: int, k: int, device: torch.device, dtype: t
         torch.sum(-target * F.log_softmax(logits, dim=-1), dim=-1).mean().backward()
 
     return peak_bytes(work, device) / (values.numel() * values.element_size())
+
+
+def relation_ratio(divergence: Divergence, batch: int, heads: int, tokens: int, device: torch.device) -> float:
+    """The peak of one relation's divergence and its gradient over the bytes of the student's map."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.randn(2, batch, heads, tokens, dim, device=device) / dim**0.5 for dim in (48, 64))
+    query, key = (each.clone().requires_grad_() for each in ours)
+    peak = peak_bytes(lambda: divergence(query, key, *theirs).backward(), device)
+    return peak / (4 * batch * heads * tokens**2)
+
+
+def whole_divergence(query: Tensor, key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> Tensor:
+    """The same with whole maps."""
+    ours, theirs = ((q @ k.mT).log_softmax(-1) for q, k in ((query, key), (teacher_query, teacher_key)))
+    return F.kl_div(ours, theirs, reduction="sum", log_target=True) / ours[..., 0].numel()
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distill_cli.data.loader import Batches
+from distill_cli.data.batches import Batches
 from distill_cli.data.orders import TrainingOrder
 from distill_cli.replay import SparseRows
 from distill_cli.sparse import SparseLogits, soften, top_k

@@ -41,8 +41,8 @@ except ImportError:
 from distill_cli import train
 from distill_cli.config import RuntimeConfig
 from distill_cli.data import open_train
+from distill_cli.data.batch import Batch
 from distill_cli.data.idx import open_sample
-from distill_cli.data.loader import Batch
 from distill_cli.data.views import resolve_view
 from distill_cli.distributed import World, world
 from distill_cli.experiment import Experiment, open_experiment

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_cli.data.loader import Batch, MixedLabels
+from distill_cli.data.batch import Batch, MixedLabels
 from distill_cli.distributed import World
 from distill_cli.metrics import autocast
 from distill_cli.objectives import Losses

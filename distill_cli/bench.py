@@ -17,10 +17,12 @@ from PIL import Image
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from distill_cli.data import image_cache, open_train
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches, Rows
 from distill_cli.data.config import TENSORS
 from distill_cli.data.image_cache import ImageCache
 from distill_cli.data.images import Encoded
-from distill_cli.data.loader import Batch, Batches, Rows, load
+from distill_cli.data.loader import load
 from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import Source
 from distill_cli.data.tensors import Given, decoded

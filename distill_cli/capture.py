@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_cli.data import open_train
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches
 from distill_cli.data.images import printable
-from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.loader import load
 from distill_cli.data.mixing import DrawnPartners, capture_partners, together
 from distill_cli.data.sources import Source, check_classes, fingerprint, parts
 from distill_cli.data.views import DEFAULTS, View, check_decoder, resolve_view, train_transform
@@ -40,7 +42,7 @@ from distill_cli.store.rows import Rows, at
 from distill_cli.store.shard import CONTENT_CRC
 from distill_cli.store.writer import StoreWriter
 from distill_cli.students.build import check_forward
-from distill_cli.teachers import Frozen, load_frozen
+from distill_cli.teachers import Frozen, check_classifier, load_frozen
 
 DEFAULT_TOP_K = 10
 DEFAULT_BITS = 8
@@ -78,6 +80,7 @@ def open_capture(recipe: Recipe, world: World, report: Report) -> Capture:
     source = open_train(recipe.data, report)
     report.stage(f"{len(source)} images; loading the teacher")
     teacher = load_frozen(recipe.teacher)
+    check_classifier(teacher, f"--teacher {recipe.teacher.name}")
     check_classes(source, f"teacher {recipe.teacher.name}", teacher.num_classes, teacher.classes)
     view = resolve_view(recipe.data, teacher.input(recipe.data.image_size))
     check_decoder(view, world.device)

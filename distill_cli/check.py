@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from distill_cli.capture import Capture, CaptureOrder, logits_of, rows_of
 from distill_cli.data import open_train
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches
 from distill_cli.data.image_cache import cached
 from distill_cli.data.images import printable
-from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.loader import load
 from distill_cli.data.sources import Source
 from distill_cli.data.views import check_decoder, stored_view, train_transform
 from distill_cli.distributed import Signals, World, stopped

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from distill_cli.checkpoint import RECIPE
 from distill_cli.data import image_cache, open_train, open_val
-from distill_cli.data.loader import Batch, Batches, Loader, load
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches
+from distill_cli.data.loader import Loader, load
 from distill_cli.data.orders import ListingOrder
 from distill_cli.data.sources import Source, check_classes
 from distill_cli.data.views import (
@@ -36,7 +38,7 @@ from distill_cli.replay import SparseRows, check_data, prove_replay, stored_part
 from distill_cli.report import Report
 from distill_cli.store.reader import Store
 from distill_cli.students.build import check_forward, constructor_arguments, parameters_in_millions
-from distill_cli.teachers import Frozen, TeacherConfig, load_frozen
+from distill_cli.teachers import Frozen, TeacherConfig, check_classifier, load_frozen
 
 BILL_BATCHES = 4
 
@@ -199,6 +201,7 @@ def open_evaluation(recipe: Recipe, run: str | None, world: World, report: Repor
         as `evaluate`.
     """
     frozen = _load(recipe, run, report)
+    check_classifier(frozen, run or f"--model {recipe.student.name}")
     origins: dict[str, str] = {}
     if run is not None and recipe.data.path is None and recipe.data.val is None:
         there = load_recipe(str(Path(run) / RECIPE)).recipe.data

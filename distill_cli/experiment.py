@@ -36,7 +36,8 @@ from distill_cli.ensemble import identity_of, lineage_of, open_stores
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
 from distill_cli.live_teacher import LiveTeacher
-from distill_cli.objectives import Objective, ObjectiveConfig, Setting, build
+from distill_cli.objectives import Objective, ObjectiveConfig, Setting, build, needs_of
+from distill_cli.objectives.base import trains_classifier
 from distill_cli.objectives.supervised import SupervisedConfig
 from distill_cli.objectives.tinyvit import TinyViTConfig
 from distill_cli.optim import build_optimizer, settle
@@ -120,8 +121,9 @@ class Experiment:
 
     @property
     def validation(self) -> Source | None:
-        """The images that are validated on."""
-        return None if self.val is None or self.val.labels is None else self.val
+        """The images that are validated on: none where there is no classifier to validate."""
+        labelled = self.val is not None and self.val.labels is not None
+        return self.val if labelled and self.objective.trains_classifier else None
 
     def ends_at(self, step: int) -> bool:
         """An epoch, or the run."""
@@ -161,6 +163,7 @@ class Experiment:
             **(lineage_of(self.store) if self.store or not self.frozen else {"teacher": self.frozen.name}),
             init_from=self.begun["init_from"],
             ema_decay=ema_decay,
+            trained_classifier=self.objective.trains_classifier,
             top1=top1,
             top5=top5,
             software=versions(),
@@ -184,7 +187,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     source = open_train(recipe.data, report)
     val = open_val(recipe.data, report)
     store = open_stores(recipe.store)
-    classes = _classes(recipe, source, val, store, frozen)
+    classes = _classes(recipe, config, source, val, store, frozen)
     report.stage(f"{len(source)} images, {len(val) if val else 'none'} to validate on; building {recipe.student.name}")
     torch.manual_seed(recipe.train.seed)
     size = _image_size(recipe, store)
@@ -208,7 +211,18 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     ema = build_ema(objective.student, settled.train)
     if recipe.runtime.fsdp and world.size > 1:
         shard(objective, ema, world)
-    _warn(recipe, source, val, store, student, view, report)
+    _warn(recipe, source, store, student, view, report)
+    if not objective.trains_classifier:
+        report.stage(f"objective {config.name} trains no classifier: nothing is validated, and there is no top1")
+    elif val is None or val.labels is None:
+        lack = "validation split" if val is None else "labels to validate on"
+        report.warn(f"--data {recipe.data.path}: has no {lack}, so there is no top1; data.val names other images")
+    pieces = recipe.train.accumulate * world.size
+    if objective.relates_images and pieces > 1:
+        report.warn(
+            f"objective {config.name}: compares the images of a batch with each other, and sees {pieces} parts of it, "
+            "each by itself (train.accumulate, ranks)"
+        )
     return Experiment(
         recipe=settled,
         origins=origins,
@@ -280,15 +294,7 @@ def _settle(
     return settled, {path: origin for path, (origin, _) in decided.items()}
 
 
-def _warn(
-    recipe: Recipe,
-    source: Source,
-    val: Source | None,
-    store: Store | None,
-    student: nn.Module,
-    view: View,
-    report: Report,
-) -> None:
+def _warn(recipe: Recipe, source: Source, store: Store | None, student: nn.Module, view: View, report: Report) -> None:
     batch_size, views = recipe.train.batch_size, recipe.train.views_per_read
     for field, asked, what in (
         ("freeze_bn", recipe.train.freeze_bn, "freeze"),
@@ -305,13 +311,17 @@ def _warn(
         report.warn(f"--batch-size {batch_size}: is more than the {len(source)} images; an epoch is one batch of all")
     if store is not None and store.unfinished_views:
         report.warn(f"store {store}: {store.unfinished_views} more views are not complete yet and are not read")
-    if val is None or val.labels is None:
-        lack = "validation split" if val is None else "labels to validate on"
-        report.warn(f"--data {recipe.data.path}: has no {lack}, so there is no top1; data.val names other images")
 
 
-def _classes(recipe: Recipe, source: Source, val: Source | None, store: Store | None, frozen: Frozen | None) -> int:
-    """The student's class count, agreed by store, data, live teacher and recipe."""
+def _classes(
+    recipe: Recipe,
+    config: ObjectiveConfig,
+    source: Source,
+    val: Source | None,
+    store: Store | None,
+    frozen: Frozen | None,
+) -> int:
+    """The student's class count, agreed by store, data, live teacher and recipe; 1 where it learns none."""
     if store is not None:
         check_data(store, source)
     known = store.num_classes if store else num_classes(source)
@@ -319,6 +329,8 @@ def _classes(recipe: Recipe, source: Source, val: Source | None, store: Store | 
         check_classes(source, f"--teacher {recipe.teacher.name}", frozen.num_classes, frozen.classes)
         known = frozen.num_classes
     count = recipe.student.num_classes or known
+    if count is None and not trains_classifier(needs_of(config)):
+        count = 1
     if count is None:
         raise UsageError(f"--data {recipe.data.path}: has no labels; give a --store to learn from, or class folders")
     if known is not None and count != known:

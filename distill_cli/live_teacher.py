@@ -1,6 +1,7 @@
 """A teacher that looks at what the student sees, beside it, in place of a store."""
 
 import contextlib
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from distill_cli.config import Colour
 from distill_cli.sparse import SparseLogits, top_k
-from distill_cli.students.taps import INPUT, Enough, Taps, find_module
+from distill_cli.students.taps import INPUT, Enough, Taps, find_module, glimpse
 from distill_cli.teachers import Frozen
 
 
@@ -48,6 +49,15 @@ class LiveTeacher:
         for name in names:
             find_module(self.model, name.removesuffix(INPUT))
         self._names += names
+
+    def glimpse(self, names: Sequence[str], image_size: int) -> Mapping[str, Tensor]:
+        """What some of its layers make of one blank image of the student's size, for their shapes.
+
+        Raises:
+            UsageError: it has no such layer, does not use it, or it gives no tensor.
+        """
+        image = torch.zeros(1, 3, image_size, image_size, device=self._scale.device)
+        return glimpse(self.model, names, self.normalised(image))
 
     def normalised(self, images: Tensor) -> Tensor:
         """The student's images `[batch, 3, height, width]` as the teacher is used to them: its mean, std and size."""

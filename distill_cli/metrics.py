@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_cli.config import NonNegative, Positive, Precision, section
-from distill_cli.data.loader import Batch, Batches, Loader
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches
+from distill_cli.data.loader import Loader
 from distill_cli.data.orders import ListingOrder
 from distill_cli.data.sources import Source
 from distill_cli.data.views import View, eval_transform

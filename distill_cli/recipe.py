@@ -5,6 +5,7 @@ student or objective than the recipe, that section of the recipe is dropped: its
 """
 
 import itertools
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -259,6 +260,8 @@ def _explain(path: str, error: Mapping[str, Any], origins: Mapping[str, str]) ->
         return f"{where}: {path}: unknown key{_nearest_path(path)}"
     if error["type"] == "union_tag_invalid":
         names = error["ctx"]["expected_tags"].replace("'", "")
+        if error["ctx"]["discriminator"] == "'loss'":
+            return f"{where}: {path}.loss: no such loss, {error['ctx']['tag']!r}; there are {names}"
         return f"{where}: {named}.name: no such {named.rpartition('.')[2]}, {error['ctx']['tag']!r}; there are {names}"
     if error["type"] == "union_tag_not_found":
         return f"{where}: {named}.name is missing; it decides what the other keys of [{named}] mean"
@@ -280,8 +283,9 @@ def _nearest_path(path: str) -> str:
     """The same key in another section, else what is spelt nearly so, else the keys of this section."""
     table, _, key = path.rpartition(".")
     paths = known_paths()
-    if path in paths:
-        return " of the objective that is chosen"
+    general = re.sub(r"\.(terms|pairs)\.[^.]+", r".\1.NAME", path)
+    if general in paths or general.replace(".terms.NAME", "") in paths:
+        return f" of the {'loss' if '.pairs.' in path else 'objective'} that is chosen"
     elsewhere = [known for known in paths if known.rpartition(".")[2] == key]
     if elsewhere:
         return f"; did you mean {', '.join(elsewhere[:3])}?"

@@ -79,6 +79,23 @@ def load_frozen(config: TeacherConfig, flag: str = "--teacher", pretrained: str 
     return _frozen(full, model, model.state_dict(), count, config)
 
 
+def check_classifier(frozen: Frozen, where: str) -> None:
+    """
+    Args:
+        where: what the user named it by.
+
+    Raises:
+        MismatchError: the model has no classifier, or is of a run whose objective trains none: its logits say nothing.
+    """
+    if frozen.num_classes == 0:
+        raise MismatchError(f"{where}: has no logits, as these weights have no classifier; give others, or a run")
+    if frozen.card is not None and not frozen.card.trained_classifier:
+        raise MismatchError(
+            f"{where}: has no logits, as objective {frozen.card.objective} trains no classifier; "
+            "fine-tune it first, by distill train --init-from"
+        )
+
+
 def _from_run(run: Path, config: TeacherConfig) -> Frozen:
     path = run_weights(run)
     card = read_card(path)
@@ -133,8 +150,10 @@ def _frozen(
 
 
 def _classes_of(full: str, weights: Mapping[str, Tensor], path: Path) -> int:
-    """The rows of the classifier in a weights file."""
+    """The rows of the classifier in a weights file; 0 of a model that timm has without one, as MAE's are."""
     known = timm.get_pretrained_cfg(full)
+    if known and known.num_classes == 0:
+        return 0
     classifier = known.classifier if known else None
     names = [classifier] if isinstance(classifier, str) else list(classifier or ())
     for name in names:

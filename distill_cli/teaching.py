@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.data.sources import Source
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.live_teacher import LiveTeacher
@@ -23,8 +23,8 @@ from distill_cli.recipe import Recipe
 from distill_cli.report import Report
 from distill_cli.sparse import top_k
 from distill_cli.store.reader import Store
-from distill_cli.students.build import constructor_arguments, create, input_config
-from distill_cli.teachers import Frozen, load_frozen
+from distill_cli.students.build import check_forward, constructor_arguments, create, input_config
+from distill_cli.teachers import Frozen, check_classifier, load_frozen
 
 
 def open_teacher(config: ObjectiveConfig, recipe: Recipe) -> Frozen | None:
@@ -48,7 +48,12 @@ def open_teacher(config: ObjectiveConfig, recipe: Recipe) -> Frozen | None:
         raise UsageError(f"--live: {name} learns from no teacher; leave it out")
     if live and stored and "teacher" not in needs:
         raise UsageError(f"--live: store {recipe.store.path} has all that {name} asks of a teacher; give one of them")
-    return load_frozen(recipe.teacher, pretrained="--teacher-pretrained") if live or "teacher" in needs else None
+    if not live and "teacher" not in needs:
+        return None
+    frozen = load_frozen(recipe.teacher, pretrained="--teacher-pretrained")
+    if live or ("logits" in needs and not stored):
+        check_classifier(frozen, f"--teacher {recipe.teacher.name}")
+    return frozen
 
 
 def rehearse(config: ObjectiveConfig, recipe: Recipe, frozen: Frozen | None) -> None:
@@ -63,14 +68,16 @@ def rehearse(config: ObjectiveConfig, recipe: Recipe, frozen: Frozen | None) -> 
     size = recipe.student.img_size or recipe.data.image_size
     classes = recipe.student.num_classes or (frozen.num_classes if frozen else 2)
     student = create(recipe.student.name, num_classes=classes, arguments=constructor_arguments(recipe.student, size))
+    seen = int(input_config(student, size)["input_size"][-1])
+    check_forward(student, recipe.student.name, seen)
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     live = LiveTeacher(frozen, mean, std, torch.device("cpu")) if frozen else None
-    build(config, student, Setting(int(input_config(student, size)["input_size"][-1]), mean, std, teacher=live))
+    build(config, student, Setting(seen, mean, std, teacher=live))
 
 
 def leave_out(objective: Objective, report: Report) -> None:
     """Train nothing of a student that its objective does not reach."""
-    names = unreached(objective) if objective.partial else []
+    names = [] if objective.trains_classifier else unreached(objective)
     for name in names:
         objective.get_parameter(name).requires_grad_(False)
     if names:
@@ -87,7 +94,7 @@ def unreached(objective: Objective) -> list[str]:
         labels=torch.zeros(2, dtype=torch.int64, device=device),
         sample_ids=np.arange(2),
         views=(0,),
-        teacher=top_k(torch.zeros(2, classes, device=device), 1),
+        teacher=top_k(torch.zeros(2, max(classes, 1), device=device), 1),
     )
     objective.train()(batch).total.backward()
     names = [name for name, each in objective.named_parameters() if each.requires_grad and each.grad is None]

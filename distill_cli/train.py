@@ -15,7 +15,8 @@ from distill_cli.accumulate import backward
 from distill_cli.checkpoint import FOLDER, RECIPE, RESULT, checkpoint_path, checkpoint_tensors, snapshot
 from distill_cli.clipping import clip_gradients
 from distill_cli.data import image_cache
-from distill_cli.data.loader import Batch, Loader
+from distill_cli.data.batch import Batch
+from distill_cli.data.loader import Loader
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.divergence import Guard, check_finite
@@ -165,10 +166,10 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
     report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
     images = order.images_per_step
     with (
+        Signals() as signals,
         _history(setup, out, done.step, world, report) as history,
         Saver(out, config.keep, report.warn) as saver,
         closing(_validation(setup, world)) as validation,
-        Signals() as signals,
         report.progress("train", setup.steps * images, done.step * images) as progress,
     ):
         while True:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
-from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches
+from distill_cli.data.loader import load
 from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import Source
 from distill_cli.data.views import Transform

@@ -16,7 +16,7 @@ import torch
 from distill_cli import capture
 from distill_cli.capture import QUEUED_BATCHES, Capture, CaptureOrder, Taught, _Sink, fill, join, teach
 from distill_cli.data import DataConfig, open_source
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.data.mixing import DrawnPartners
 from distill_cli.data.sources import Source, fingerprint
 from distill_cli.data.views import resolve_view, train_transform

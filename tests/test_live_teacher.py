@@ -1,5 +1,7 @@
 """A teacher beside the student: what it sees, how often it looks, and how far."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 
 from distill_cli.errors import UsageError
 from distill_cli.live_teacher import LiveTeacher
-from distill_cli.students.taps import Enough, Taps
+from distill_cli.students.taps import Enough, Taps, glimpse
 from distill_cli.teachers import Frozen
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -90,6 +92,48 @@ def test_taps_give_inputs_and_outputs_once() -> None:
     found = taps.take()
     torch.testing.assert_close(found["head:input"], found["second"].mean((2, 3)))
     assert not taps.take()
+
+
+def test_taps_are_of_their_model_and_not_of_a_copy() -> None:
+    model = Counting()
+    taps = Taps(model, ["first", "head:input"])
+    copy.deepcopy(model)(torch.rand(2, 3, 8, 8))
+    assert not taps.take()
+    taps.remove()
+    model(torch.rand(2, 3, 8, 8))
+    assert not taps.take()
+
+
+def test_taps_of_training_leave_evaluation_alone() -> None:
+    model = Counting()
+    taps = Taps(model, ["first"], only_in_training=True)
+    model.eval()(torch.rand(2, 3, 8, 8))
+    assert not taps.take()
+    # A layer that is kept in evaluation, as frozen BatchNorm is, belongs to the pass of training all the same.
+    model.train()
+    model.first.eval()
+    model(torch.rand(2, 3, 8, 8))
+    assert taps.take().keys() == {"first"}
+
+
+def test_a_glimpse_leaves_a_model_as_it_was() -> None:
+    model = timm.create_model("resnet10t", num_classes=3).train()
+    before = copy.deepcopy(model.state_dict())
+    found = glimpse(model, ["layer1", "fc:input"], torch.rand(2, 3, 32, 32))
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "layer1": (2, 64, 8, 8),
+        "fc:input": (2, 512),
+    }
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_teacher_that_was_built_for_another_size_is_shown_images_of_it() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+    teacher = make(model.requires_grad_(False))
+    assert teacher.image_size == 32
+    assert teacher.glimpse(["blocks.0"], 28)["blocks.0"].shape == (1, 17, 48)
 
 
 def test_a_tapped_model_can_stop_early() -> None:

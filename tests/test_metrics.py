@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from objectives.dense import some
 from torch import Tensor, nn
 
-from distill_cli.data.loader import Batch, MixedLabels
+from distill_cli.data.batch import Batch, MixedLabels
 from distill_cli.distributed import World
 from distill_cli.errors import DistillError
 from distill_cli.metrics import (

@@ -135,7 +135,10 @@ def test_a_key_of_another_objective_says_so() -> None:
         ("train.precision=fp16", "train.precision: input should be 'fp32' or 'bf16', not 'fp16'"),
         ("data.labelled=maybe", "data.labelled: input should be a valid boolean"),
         ("store.codec=zip", "store.codec: input should be 'exact' or 'compact', not 'zip'"),
-        ("objective.name=dino", "objective.name: no such objective, 'dino'; there are supervised, tinyvit, fkd, deit"),
+        (
+            "objective.name=dino",
+            "objective.name: no such objective, 'dino'; there are supervised, tinyvit, fkd, deit, features",
+        ),
         ("objective.alpha=0.5", "objective.name is missing"),
     ],
 )

@@ -97,5 +97,12 @@ def test_a_small_image_is_evaluated_whole(size: int | None, crop: float) -> None
     assert config["input_size"] == (3, size or 224, size or 224)
 
 
+def test_a_model_that_was_built_for_another_size_has_that() -> None:
+    arguments = {"img_size": 64, "depth": 1, "embed_dim": 24}
+    model = create("vit_tiny_patch16_224", num_classes=3, arguments=arguments)
+    assert input_config(model)["input_size"] == (3, 64, 64)
+    assert input_config(model, 96)["input_size"] == (3, 96, 96)
+
+
 def test_parameters_are_counted_in_millions() -> None:
     assert parameters_in_millions(nn.Linear(1000, 1000, bias=False)) == 1.0

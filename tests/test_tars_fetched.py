@@ -14,8 +14,9 @@ from served import served, write_tar
 
 from distill_cli.capture import Capture, fill, shards_of
 from distill_cli.data import DataConfig, open_source
+from distill_cli.data.batches import Batches
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batches, load
+from distill_cli.data.loader import load
 from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import fingerprint
 from distill_cli.data.views import resolve_view, train_transform

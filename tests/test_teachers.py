@@ -8,7 +8,7 @@ import torch
 from distill_cli.errors import DamagedError, DistillError, MismatchError, UsageError
 from distill_cli.students.build import create
 from distill_cli.students.weights import Card, save_student
-from distill_cli.teachers import TeacherConfig, load_frozen
+from distill_cli.teachers import TeacherConfig, check_classifier, load_frozen
 
 TINY = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
 
@@ -106,6 +106,17 @@ def test_weights_without_a_classifier_are_refused(tmp_path: Path) -> None:
     error = refusal(TeacherConfig(name="resnet18", weights=str(path), kwargs=TINY))
     assert isinstance(error, MismatchError)
     assert f"{path}: has no fc.weight, the head of resnet18" in str(error)
+
+
+def test_weights_that_never_had_a_classifier_have_no_classes_and_no_logits(tmp_path: Path) -> None:
+    path, small = tmp_path / "mae.safetensors", {"depth": 1, "embed_dim": 12, "num_heads": 3}
+    safetensors.torch.save_file(create("vit_base_patch16_224.mae", num_classes=0, arguments=small).state_dict(), path)
+    found = load_frozen(TeacherConfig(name="vit_base_patch16_224.mae", weights=str(path), kwargs=small))
+    assert found.num_classes == 0
+    with pytest.raises(
+        MismatchError, match=r"^--teacher mae: has no logits, as these weights have no classifier; give"
+    ):
+        check_classifier(found, "--teacher mae")
 
 
 def test_weights_of_another_architecture_are_refused_by_their_keys(weights: Path) -> None:

@@ -69,7 +69,6 @@ StorePaths = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Read the store without looking at its checksums.")]
 StoreOut = Annotated[Path, typer.Option("--out", metavar="STORE", help="The store's directory.", show_default=False)]
-RunOut = Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's directory.", show_default=False)]
 ImageSize = Annotated[int | None, typer.Option("--image-size", metavar="PX", help="Side of the model's input.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Images, over all ranks.")]
 ViewsPerRead = Annotated[

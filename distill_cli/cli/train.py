@@ -34,7 +34,9 @@ def command(
     cache: options.Cache = None,
     objective: Annotated[
         str | None,
-        typer.Option("--objective", metavar="NAME", help="supervised, tinyvit, fkd or deit."),
+        typer.Option(
+            "--objective", metavar="NAME", help="supervised, tinyvit, fkd, deit, features, tinymim, dmae or terms."
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.")] = None,
     batch_size: options.BatchSize = None,

@@ -13,13 +13,24 @@ from distill_cli.config import section
 from distill_cli.errors import UsageError
 from distill_cli.objectives.base import Losses, Need, Objective, Setting
 from distill_cli.objectives.deit import DeiT, DeiTConfig
+from distill_cli.objectives.dmae import DMAE, DMAEConfig
+from distill_cli.objectives.features import Features, FeaturesConfig
 from distill_cli.objectives.fkd import FKD, FKDConfig
 from distill_cli.objectives.supervised import Supervised, SupervisedConfig
 from distill_cli.objectives.terms import Terms
+from distill_cli.objectives.tinymim import TinyMIM, TinyMIMConfig
 from distill_cli.objectives.tinyvit import TinyViT, TinyViTConfig
 
-OBJECTIVES: dict[str, Any] = {"supervised": Supervised, "tinyvit": TinyViT, "fkd": FKD, "deit": DeiT}
-SingleConfig = SupervisedConfig | TinyViTConfig | FKDConfig | DeiTConfig
+OBJECTIVES: dict[str, Any] = {
+    "supervised": Supervised,
+    "tinyvit": TinyViT,
+    "fkd": FKD,
+    "deit": DeiT,
+    "features": Features,
+    "tinymim": TinyMIM,
+    "dmae": DMAE,
+}
+SingleConfig = SupervisedConfig | TinyViTConfig | FKDConfig | DeiTConfig | FeaturesConfig | TinyMIMConfig | DMAEConfig
 
 
 @section

@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from distill_cli.config import Colour, section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.live_teacher import LiveTeacher
 from distill_cli.objectives.ramps import Weight
 from distill_cli.sparse import SparseLogits
@@ -64,16 +64,18 @@ class Objective(nn.Module):
     Most objectives are their `losses`: functions of what one pass of the student gives, so that several can share it
     (see `terms`). One that sees the student otherwise has a `forward` of its own, and says so in `own_forward`.
 
-    Losses are means over the batch unless the docstring says otherwise.
+    Losses are means over the batch; where they are not, `relates_images` says so.
     """
 
     needs: frozenset[Need] = frozenset()
     """What it learns from: `labels`; `logits`, rows of a store or of a live teacher; `teacher`, more of a live one."""
     takes_any: ClassVar[bool] = False
     """Whether any student will do."""
-    own_forward: ClassVar[bool] = False
-    partial: bool = False
-    """Whether it may leave some of the student's parameters without a gradient; they are then not trained at all."""
+    own_forward: bool = False
+    """Whether in a sum it makes a pass of the student for itself."""
+    relates_images: bool = False
+    """Whether it compares images of a batch with each other. Such a loss is no mean over the images: it sees what is in
+    one pass at once, so that accumulated parts and ranks are other batches."""
 
     progress: Tensor
     """Of the run, 0 to 1, without dimensions: what ramps depend on."""
@@ -88,6 +90,11 @@ class Objective(nn.Module):
     def needs_of(cls, config: TermConfig) -> frozenset[Need]:
         """What it learns from with these settings."""
         return cls.needs
+
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether the student's logits come to mean anything: see `trains_classifier`."""
+        return trains_classifier(self.needs)
 
     def forward(self, batch: Batch) -> Losses:
         """The losses of one batch of this rank."""
@@ -124,6 +131,15 @@ class Objective(nn.Module):
     def __call__(self, batch: Batch, *args: Any, **kwargs: Any) -> Losses:
         losses: Losses = super().__call__(batch, *args, **kwargs)
         return losses
+
+
+def trains_classifier(needs: frozenset[Need]) -> bool:
+    """Whether an objective that learns from these trains the student's classifier, as from classes alone it can.
+
+    One that does not may leave some of the student without a gradient, which is then not trained at all. Its run
+    validates nothing and teaches no logits, and what begins from it begins with a new classifier.
+    """
+    return not needs.isdisjoint({"labels", "logits"})
 
 
 def as_evaluated(outputs: Outputs) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from distill_cli.config import Fraction, section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.errors import UsageError
 from distill_cli.objectives.base import (
     Losses,
@@ -88,6 +88,7 @@ class DeiT(Objective):
         """
         super().__init__(student, setting)
         self.config = config
+        self.relates_images = config.relates_images
         prepare(student, config.second_head, setting.image_size)
 
     def losses(self, outputs: Outputs, batch: Batch) -> Losses:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from distill_cli.by_rows import by_rows
 from distill_cli.config import Positive, section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.objectives.base import (
     Losses,
     Objective,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill_cli.by_rows import by_rows
 from distill_cli.config import section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.objectives.base import TermConfig
 from distill_cli.objectives.dist import DISTConfig, inter, intra
 from distill_cli.objectives.dkd import DKDConfig, dkd
@@ -62,6 +62,11 @@ class LogitsConfig(TermConfig):
             given = {"tail": self.tail, "other": other}
             raise PydanticCustomError("settings", "tail {tail}: {other} is of all classes; give uniform", given)
         return self
+
+    @property
+    def relates_images(self) -> bool:
+        """Whether the divergence is one of images of a batch together."""
+        return isinstance(self.divergence, DISTConfig) and self.divergence.intra != 0
 
     def beyond_samples(self) -> tuple[str, str] | None:
         if self.divergence.name not in OF_ANY_TAIL:

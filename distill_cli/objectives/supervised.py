@@ -5,7 +5,7 @@ from typing import Literal
 from torch import nn
 
 from distill_cli.config import Fraction, section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.objectives.base import (
     Losses,
     Objective,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.objectives.base import Losses, Need, Objective, Setting
 from distill_cli.objectives.ramps import Ramp, at
 
@@ -34,7 +34,7 @@ class Terms(Objective):
         self.terms: Mapping[str, Objective] = nn.ModuleDict(terms)  # type: ignore[assignment]
         self.weights = dict(weights)
         self.needs = frozenset[Need]().union(*(term.needs for term in terms.values()))
-        self.partial = all(term.partial for term in terms.values())
+        self.relates_images = any(term.relates_images for term in terms.values())
 
     def forward(self, batch: Batch) -> Losses:
         batch = self.taught(batch)
@@ -43,7 +43,8 @@ class Terms(Objective):
         total: Tensor | float = 0.0
         parts: dict[str, Tensor] = {}
         seen: dict[str, Tensor] = {}
-        for name, term in self.terms.items():
+        # Those of the shared pass first: what its layers gave is theirs until another pass goes through them.
+        for name, term in sorted(self.terms.items(), key=lambda each: each[1].own_forward):
             losses = term(batch) if term.own_forward or outputs is None else term.losses(outputs, batch)
             total = total + at(self.weights[name], self.progress) * losses.total
             parts |= _named(name, losses)

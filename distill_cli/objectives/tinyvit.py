@@ -5,7 +5,7 @@ from typing import Literal
 from torch import nn
 
 from distill_cli.config import Fraction, section
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.objectives.base import (
     Losses,
     Need,
@@ -54,6 +54,7 @@ class TinyViT(Objective):
     def __init__(self, student: nn.Module, config: TinyViTConfig, setting: Setting) -> None:
         super().__init__(student, setting)
         self.config = config
+        self.relates_images = config.relates_images
         self.needs = self.needs_of(config)
 
     @classmethod

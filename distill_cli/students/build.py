@@ -110,10 +110,12 @@ def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
 def input_config(model: nn.Module, image_size: int | None = None) -> dict[str, Any]:
     """The input of a fresh model: timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct`.
 
-    A small image is evaluated whole: the usual centre crop would cut off what the model learnt from.
+    The size is the one that a ViT or the like was built for, which need not be that of its pretrained weights. A small
+    image is evaluated whole: the usual centre crop would cut off what the model learnt from.
     """
     config = resolve_model_data_config(model)
-    size = image_size or int(config["input_size"][-1])
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"]
+    size = image_size or int(built[-1])
     crop = {"crop_pct": 1.0} if size <= SMALL else {}
     return {**config, "input_size": (3, size, size), **crop}
 

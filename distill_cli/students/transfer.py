@@ -45,13 +45,20 @@ def begin_from(
     path = run_weights(Path(source)) if Path(source).is_dir() else Path(source)
     weights, card = read_weights(path), read_card(path)
     chosen = None if class_map is None else read_class_map(Path(class_map), "student.class_map")
-    if chosen is None:
+    untrained = card is not None and not card.trained_classifier
+    if untrained and chosen is not None:
+        raise MismatchError(f"student.class_map {class_map}: the classifier of {path} was never trained; leave it out")
+    if untrained:
+        rows, how = None, "its classifier was never trained"
+    elif chosen is None:
         rows, how = _rows(student, weights, classes, card.classes if card else None)
     else:
         _check_map(chosen, student, weights, f"student.class_map {class_map}")
         rows, how = [*chosen], f"gathered by {class_map}, {chosen.count(NEW)} of them the mean of all"
     fill(student, fit_input(student, weights) | fit_head(student, weights, rows), path)
-    if rows is None:
+    if untrained:
+        report.stage(f"beginning from {path}; {how}, the student's begins anew")
+    elif rows is None:
         report.warn(f"{path}: {how}; the student's classifier begins anew")
     else:
         report.stage(f"beginning from {path}, its classifier's rows {how}")

@@ -56,6 +56,8 @@ class Card:
     """The sha256 of the weights that the run began from."""
     ema_decay: float | None = None
     """Of the average that these weights are."""
+    trained_classifier: bool = True
+    """False: it is as random as it began, and gives no logits."""
     top1: float | None = None
     top5: float | None = None
     software: Mapping[str, str] | None = None

@@ -16,7 +16,7 @@ import torch
 from command_line import DISTIL, TRAIN, Cli, Made, Refused, capture
 from PIL import Image
 
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.locks import locked
 from distill_cli.objectives import Losses
 from distill_cli.objectives.supervised import Supervised
@@ -78,7 +78,7 @@ def test_a_wrong_command_line(arguments: list[str], said: str, distill: Cli) -> 
         (["--recipe", "none"], "--recipe none: no such recipe or file"),
         (
             ["--objective", "dino"],
-            "objective.name: no such objective, 'dino'; there are supervised, tinyvit, fkd, deit",
+            "objective.name: no such objective, 'dino'; there are supervised, tinyvit, fkd, deit, features",
         ),
         (["--student", "tinyvit-12m"], "tinyvit-12m: no such model; did you mean tinyvit-21m, tinyvit-11m, tinyvit-5m"),
         (["--student", "resnet18", "--set", "student.patch_size=4"], "timm cannot build it with patch_size=4"),

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distill_cli.data import open_source
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches
 from distill_cli.data.config import DataConfig, View
 from distill_cli.data.crops import TORCHS, RandomResizedCrop, reduction, resize, resize_by_torch, resized
 from distill_cli.data.images import Encoded, UnreadableImage
-from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.loader import load
 from distill_cli.data.orders import ListingOrder, TrainingOrder
 from distill_cli.data.pixels import Pixels
 from distill_cli.data.sources import Source, fingerprint

@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 
 from distill_cli.data import image_cache, open_source
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches
 from distill_cli.data.config import DataConfig
 from distill_cli.data.folder import ImageFolder
 from distill_cli.data.image_cache import ImageCache, bill, cached
-from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.loader import load
 from distill_cli.data.orders import TrainingOrder
 from distill_cli.data.sources import Source, UnreadableImage, fingerprint
 from distill_cli.data.views import resolve_view, train_transform

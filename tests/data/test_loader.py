@@ -15,10 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill_cli.data import loader as loader_module
+from distill_cli.data import batches as batches_module
 from distill_cli.data import open_source
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import AHEAD, Batches, SharedBytes
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import AHEAD, Batch, Batches, Loader, SharedBytes, _begin_worker, load
+from distill_cli.data.loader import Loader, _begin_worker, load
 from distill_cli.data.orders import ListingOrder, Order, TrainingOrder, windowed
 from distill_cli.data.sources import Source, UnreadableImage, without_labels
 from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
@@ -374,7 +376,7 @@ def test_a_loader_loads_again_by_the_same_processes_until_it_is_closed(batches: 
 
 
 def test_shared_memory_is_used_again_when_the_main_process_is_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module, "get_worker_info", lambda: "a worker")
+    monkeypatch.setattr(batches_module, "get_worker_info", lambda: "a worker")
     shared = SharedBytes()
     pieces = [shared.empty(count) for count in (12, 12, 12, 12, 5, 30)]
     places = [piece.data_ptr() for piece in pieces]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.mixup import Mixup, mixup_target
 
+from distill_cli.data.batches import Batches
 from distill_cli.data.config import DataConfig, View
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batches, load
+from distill_cli.data.loader import load
 from distill_cli.data.mixing import DrawnPartners, Mix, Mixing, partners, together
 from distill_cli.data.orders import ListingOrder, Order, TrainingOrder
 from distill_cli.data.pixels import Mixture

@@ -10,9 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill_cli.data import loader
+from distill_cli.data import batches as batches_module
+from distill_cli.data.batch import Batch
+from distill_cli.data.batches import Batches
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batch, Batches, load
+from distill_cli.data.loader import load
 from distill_cli.data.mixing import Partners
 from distill_cli.data.orders import ListingOrder, Order, TrainingOrder
 from distill_cli.data.views import DataConfig, Transform, resolve_view, train_transform
@@ -48,7 +50,7 @@ recipes = st.sampled_from(sorted(RECIPES))
 def _little_ahead() -> Iterator[None]:
     """Each loader process would read the rows of hundreds of epochs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "ROWS_AHEAD", 64)
+        patch.setattr(batches_module, "ROWS_AHEAD", 64)
         yield
 
 

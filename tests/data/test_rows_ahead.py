@@ -8,9 +8,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from distill_cli.data import loader
+from distill_cli.data import batches as batches_module
+from distill_cli.data.batches import Batches
 from distill_cli.data.idx import ArraySource
-from distill_cli.data.loader import Batches, load
+from distill_cli.data.loader import load
 from distill_cli.data.orders import ListingOrder, TrainingOrder
 from distill_cli.data.views import DataConfig, eval_transform, resolve_view
 from distill_cli.replay import SparseRows
@@ -48,7 +49,7 @@ def _same(one: SparseLogits | None, other: SparseLogits) -> bool:
 def test_each_batch_has_its_own_rows(
     images: ArraySource, rows: Counted, monkeypatch: pytest.MonkeyPatch, workers: int, ahead: int
 ) -> None:
-    monkeypatch.setattr(loader, "ROWS_AHEAD", ahead)
+    monkeypatch.setattr(batches_module, "ROWS_AHEAD", ahead)
     order = TrainingOrder(np.arange(60), 10, seed=0, views=2)
     batches = Batches(images, TRANSFORM, order, rows=rows)
     for number, batch in enumerate(load(batches, range(3, 15), workers, torch.device("cpu")), 3):
@@ -58,7 +59,7 @@ def test_each_batch_has_its_own_rows(
 def test_a_call_has_the_rows_of_several_batches_of_one_view(
     images: ArraySource, rows: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "ROWS_AHEAD", 40)
+    monkeypatch.setattr(batches_module, "ROWS_AHEAD", 40)
     batches = Batches(images, TRANSFORM, TrainingOrder(np.arange(60), 10, seed=0, views=2), rows=rows)
     for number in range(4, 8):
         batches.load(number)

@@ -8,7 +8,7 @@ import torch
 from dense import some
 from torch import Tensor, nn
 
-from distill_cli.data.loader import Batch, MixedLabels
+from distill_cli.data.batch import Batch, MixedLabels
 from distill_cli.live_teacher import LiveTeacher
 from distill_cli.objectives import Setting
 from distill_cli.sparse import SparseLogits, keep_mass, sample_tail, top_k

@@ -10,7 +10,7 @@ from small import SETTING, make_batch, make_student, part
 from torch import Tensor, nn
 
 from distill_cli.accumulate import backward, cut
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.distributed import World
 from distill_cli.objectives import Objective, build
 from distill_cli.objectives.deit import DeiTConfig

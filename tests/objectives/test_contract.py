@@ -11,21 +11,34 @@ from small import CLASSES, KINDS, SETTING, make_batch, make_live, make_plain, ma
 from torch import Tensor
 
 from distill_cli.accumulate import backward
-from distill_cli.data.loader import Batch
+from distill_cli.data.batch import Batch
 from distill_cli.distributed import World
-from distill_cli.objectives import OBJECTIVES, Objective, ObjectiveConfig, TermsConfig, build, needs_of, singles
+from distill_cli.objectives import OBJECTIVES, Objective, ObjectiveConfig, TermsConfig, build, needs_of
 from distill_cli.objectives.deit import DeiTConfig
 from distill_cli.objectives.dist import DISTConfig
 from distill_cli.objectives.dkd import DKDConfig
+from distill_cli.objectives.dmae import DecoderConfig, DMAEConfig
+from distill_cli.objectives.feature_pairs import (
+    AttentionConfig,
+    DenseConfig,
+    MaskedConfig,
+    PooledConfig,
+    RelationConfig,
+    SimilarityConfig,
+)
+from distill_cli.objectives.features import FeaturesConfig
 from distill_cli.objectives.fkd import FKDConfig
 from distill_cli.objectives.jsd import JSDConfig
-from distill_cli.objectives.ramps import PositiveRamp
+from distill_cli.objectives.ramps import PositiveRamp, Ramp
 from distill_cli.objectives.supervised import SupervisedConfig
+from distill_cli.objectives.tinymim import TinyMIMConfig
 from distill_cli.objectives.tinyvit import TinyViTConfig
 from distill_cli.report import Report
 from distill_cli.sparse import SparseLogits, top_k
 from distill_cli.teaching import leave_out
 
+SMALL_DECODER = DecoderConfig(depth=1, width=32, heads=2)
+BLOCKS = {"student": "blocks.0", "teacher": "blocks.1"}
 CASES: dict[str, ObjectiveConfig] = {
     "supervised": SupervisedConfig(),
     "tinyvit": TinyViTConfig(temperature=2.0),
@@ -42,15 +55,48 @@ CASES: dict[str, ObjectiveConfig] = {
     "deit-soft": DeiTConfig(distillation="soft", temperature=2.0),
     "deit-second-head": DeiTConfig(second_head="average"),
     "deit-dropped-head": DeiTConfig(second_head="drop", distillation="soft", divergence=DKDConfig(), standardise=True),
+    "tinymim": TinyMIMConfig(),
+    "tinymim-features": TinyMIMConfig(relations="features"),
+    "dmae": DMAEConfig(decoder=SMALL_DECODER),
+    "dmae-mlp": DMAEConfig(
+        alpha=Ramp(start=0.5, end=2.0),
+        normalise=False,
+        blocks=((1, 1), (2, 3)),
+        projection="mlp",
+        norm_pix=True,
+        decoder=SMALL_DECODER,
+    ),
+    "mae": DMAEConfig(alpha=0, decoder=SMALL_DECODER),
+    "features": FeaturesConfig(),
+    "features-pooled": FeaturesConfig(
+        pairs={"p": PooledConfig(distance="smooth_l1", target="layernorm", projection="mlp")}, label_weight=0
+    ),
+    "features-dense": FeaturesConfig(
+        pairs={"one": DenseConfig(**BLOCKS), "two": DenseConfig(student="blocks.1", teacher="blocks.2", distance="l2")}
+    ),
+    "features-masked": FeaturesConfig(pairs={"m": MaskedConfig(**BLOCKS)}, label_weight=0),
+    "features-channels": FeaturesConfig(pairs={"m": MaskedConfig(**BLOCKS, mask=0.15, masked="channels")}),
+    "features-attention": FeaturesConfig(pairs={"a": AttentionConfig(**BLOCKS)}, label_weight=0),
+    "features-similarity": FeaturesConfig(pairs={"s": SimilarityConfig()}),
+    "features-relation": FeaturesConfig(pairs={"r": RelationConfig()}, label_weight=0),
+    "terms-features": TermsConfig(
+        terms={
+            "tinyvit": TinyViTConfig(),
+            "features": FeaturesConfig(pairs={"d": DenseConfig(**BLOCKS)}, label_weight=0),
+        }
+    ),
     "terms": TermsConfig(
         terms={"deit": DeiTConfig(), "soft": TinyViTConfig(weight=0.5, temperature=PositiveRamp(start=4.0, end=1.0))}
     ),
 }
-PARTIAL = [case for case, config in CASES.items() if all(OBJECTIVES[each.name].partial for each in singles(config))]
+PARTIAL = [
+    *("features-pooled", "features-masked", "features-attention", "features-relation"),
+    *("tinymim", "tinymim-features", "dmae", "dmae-mlp", "mae"),
+]
 """Those that train without the student's classifier, and say nothing of its logits."""
-WHOLE_BATCH = ("tinyvit-dist",)
-"""Correlations over the images of a batch: those of its parts are others, and their mean is not that of the whole."""
-PLAIN = ("deit-second-head", "deit-dropped-head")
+WHOLE_BATCH = ("tinyvit-dist", "features-similarity", "features-relation")
+"""Those that compare images of a batch with each other: of its parts the mean is not that of the whole."""
+PLAIN = ("deit-second-head", "deit-dropped-head", "dmae")
 """Those whose student has no distillation token."""
 every_objective = pytest.mark.parametrize("case", CASES)
 every_mean = pytest.mark.parametrize("case", [case for case in CASES if case not in WHOLE_BATCH])
@@ -161,6 +207,16 @@ def test_the_live_teacher_is_no_part_of_it(case: str) -> None:
         assert theirs.isdisjoint(id(each) for each in objective.parameters())
 
 
+@every_objective
+def test_it_says_what_does_not_hold_of_it(case: str) -> None:
+    objective, batch = make(case), make_batch()
+    assert objective.trains_classifier == (case not in PARTIAL)
+    assert objective.relates_images == (case in WHOLE_BATCH)
+    halves = [objective(part(batch, start, start + 4)).total for start in (0, 4)]
+    is_mean = torch.allclose(sum(halves) / 2, objective(batch).total, rtol=1e-5)
+    assert is_mean == (case not in WHOLE_BATCH)
+
+
 @every_mean
 @every_kind
 def test_accumulating_two_halves_is_one_batch(case: str, kind: str) -> None:
@@ -227,7 +283,7 @@ def test_its_state_is_all_there_is_of_it(case: str) -> None:
     assert torch.equal(one(batch).total, other(batch).total)
 
 
-NEEDS = [(case, need) for case, config in CASES.items() for need in sorted(needs_of(config))]
+NEEDS = [(case, need) for case, config in CASES.items() for need in sorted(needs_of(config) - {"teacher"})]
 
 
 @pytest.mark.parametrize(("case", "need"), NEEDS)

@@ -6,7 +6,7 @@ from small import SETTING, make_batch, make_student
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 
-from distill_cli.data.loader import MixedLabels
+from distill_cli.data.batch import MixedLabels
 from distill_cli.objectives.supervised import Supervised, SupervisedConfig
 
 
