@@ -251,6 +251,7 @@ def look_at_parts(rank: int, asked: Recipe, folder: str) -> None:
         ("train.opt", "lamb", "lamb looks at whole tensors; take one of adamw, adam, sgd, momentum, lion, or leave"),
         ("train.opt", "muon", "muon looks at whole tensors; take one of adamw, adam, sgd, momentum, lion, or leave"),
         ("train.clip_mode", "agc", "clip_mode agc looks at whole tensors; give norm or value, or leave it out"),
+        ("objective.name", "tinymim", "objective tinymim makes no whole pass of the student; leave one of them out"),
         ("runtime.compile", True, "gathers weights between graphs, which is not compiled here; leave one of them out"),
         ("runtime.channels_last", True, "takes no weights that lie channels last; leave out runtime.channels_last"),
     ],
