@@ -16,11 +16,15 @@ from distill_cli.objectives import Losses
 from distill_cli.sparse import SparseLogits
 
 
-def backward(model: nn.Module, batch: Batch, parts: int, world: World, precision: str) -> Losses:
+def backward(model: nn.Module, batch: Batch, parts: int, world: World, precision: str, weight: float = 1.0) -> Losses:
     """Add the gradient of the mean loss over a rank's batch to the parameters, in `parts` passes.
 
     A part weighs as many images as it has, so parts need not be even. Ranks add up in the last pass alone. What
     depends on a whole batch, as BatchNorm's statistics do, sees a part.
+
+    Args:
+        weight: of the gradient, not of the losses. DDP gives the mean over the ranks, which is that over all images
+            where each rank weighs its images over the mean of the ranks'.
     """
     found: list[Losses] = []
     pieces = list(cut(batch, parts))
@@ -29,9 +33,9 @@ def backward(model: nn.Module, batch: Batch, parts: int, world: World, precision
         with world.synced(model, last=number == len(pieces)):
             with autocast(world.device, precision):
                 losses: Losses = model(piece)
-            total = share * losses.total
+            total = weight * share * losses.total
             total.backward()
-        found.append(Losses(total.detach(), _scaled(losses.parts, share), _scaled(losses.seen, share)))
+        found.append(Losses(share * losses.total.detach(), _scaled(losses.parts, share), _scaled(losses.seen, share)))
     return Losses(
         torch.stack([losses.total for losses in found]).sum(),
         _summed([losses.parts for losses in found]),

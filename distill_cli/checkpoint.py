@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distill_cli.errors import DamagedError
 from distill_cli.files import canonical_json
-from distill_cli.tensors import check_tensors, save_tensors
+from distill_cli.tensors import as_there, check_tensors, save_tensors, whole
 
 T = TypeVar("T")
 
@@ -42,7 +44,7 @@ class Snapshot:
 def snapshot(
     step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], ema: nn.Module | None = None
 ) -> Snapshot:
-    """A copy of a model, its average and its optimiser after so many steps.
+    """A copy of a model, its average and its optimiser after so many steps; of all ranks where they are in parts.
 
     Args:
         state: JSON values that `load_checkpoint` gives back.
@@ -51,7 +53,9 @@ def snapshot(
     plain = {name: slot for name, slot in _slots(optimizer).items() if not isinstance(slot, Tensor)}
     metadata = {"state": canonical_json({**state, "step": step}), "optimizer": canonical_json(plain)}
     tensors = checkpoint_tensors(model, optimizer, ema)
-    return Snapshot(step, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, metadata)
+    return Snapshot(
+        step, {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in tensors.items()}, metadata
+    )
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -88,9 +92,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, ema: nn.
             metadata = file.metadata() or {}
         state: dict[str, Any] = json.loads(metadata["state"])
         tensors = load_file(path)
-        model.load_state_dict(_below(tensors, "model."))
-        if ema is not None:
-            ema.load_state_dict(_below(tensors, "ema."))
+        for module, prefix in ((model, "model."), (ema, "ema.")):
+            if module is not None:
+                own = module.state_dict()
+                values = {name: as_there(value, own.get(name)) for name, value in _below(tensors, prefix).items()}
+                module.load_state_dict(values)
         _fill(optimizer, {**_below(tensors, "optimizer."), **json.loads(metadata.get("optimizer", "{}"))})
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -110,14 +116,24 @@ def _slots(optimizer: Optimizer) -> dict[str, Any]:
 
 def _fill(optimizer: Optimizer, slots: Mapping[str, Any]) -> None:
     """Give a fresh optimiser what another one remembered."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, slot in slots.items():
         if not name.startswith("group."):
             index, kind = name.split(".", 1)
-            state.setdefault(int(index), {})[kind] = slot
+            state.setdefault(int(index), {})[kind] = _lying_as(parameters[int(index)], slot)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     for name, step in _below(slots, "group.").items():
         optimizer.param_groups[int(name.removesuffix(".step"))]["step"] = step
+
+
+def _lying_as(parameter: Tensor, slot: Any) -> Any:
+    """A slot of a parameter's shape in its parts and its order in memory: a fused optimiser reads both by one index."""
+    if not isinstance(slot, Tensor) or slot.shape != parameter.shape:
+        return slot
+    if isinstance(parameter, DTensor) or slot.stride() == parameter.stride():
+        return as_there(slot, parameter)
+    return torch.empty_like(parameter, dtype=slot.dtype, device=slot.device).copy_(slot)
 
 
 def _below(values: Mapping[str, T], prefix: str) -> dict[str, T]:

@@ -7,6 +7,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from distill_cli.objectives import Objective
 from distill_cli.optim import TrainConfig
 from distill_cli.students.second_head import second_head
+from distill_cli.tensors import whole
 
 
 def clip_gradients(objective: Objective, config: TrainConfig) -> Tensor:
@@ -17,7 +18,7 @@ def clip_gradients(objective: Objective, config: TrainConfig) -> Tensor:
     Paper: `agc`: Brock et al. 2021, arXiv:2102.06171, eq. 3; as there, and in timm, not on the classifier.
     """
     trained = [parameter for parameter in objective.parameters() if parameter.grad is not None]
-    norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    norm = whole(get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]))
     if config.clip_grad and config.clip_mode == "norm":
         clip_grads_with_norm_(trained, config.clip_grad, norm)
     elif config.clip_grad:

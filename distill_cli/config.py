@@ -65,5 +65,11 @@ class RuntimeConfig:
     leaves. More threads than free cores wait for each other: measured 15 times slower."""
     resume: Literal["auto", "never", "must"] = "auto"
     """`--resume`: go on where a run is under way; `never`: refuse it; `must`: refuse to begin one."""
+    compile: bool | Literal["cuda-graphs"] = False
+    """`--compile`: of `train`, the student by torch.compile; `cuda-graphs`: and a step of it as CUDA graphs."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Of `train`: how the student's convolutions lie in memory; `auto`: so on CUDA, where it has more than one."""
+    fsdp: bool = False
+    """Of `train` on several ranks: weights, gradients and optimiser in parts, one on each rank."""
     timeout_s: PositiveFloat = 1800
     """Of ranks: how long one waits for the others before it gives up."""

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from distill_cli.config import RuntimeConfig
@@ -36,14 +37,16 @@ class World:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module as DDP, where there are several ranks."""
-        if self.size == 1:
+        """The module as DDP, where there are several ranks; one that is in parts is in step already."""
+        if self.size == 1 or isinstance(module, FSDPModule):
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids)
 
     def synced(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a forward and a backward pass: only in the last of a step do the ranks add up their gradients."""
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last)
         return contextlib.nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -52,14 +55,27 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over all ranks, of each value."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def agree(self, number: int) -> int:
         """The largest of the ranks' numbers: one rank's signal stops all of them at the same step."""
-        if self.size == 1:
-            return number
         # On the host: nobody waits for a GPU.
-        largest = torch.tensor(number)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest.item())
+        return number if self.size == 1 else int(self.largest(torch.tensor(number)).item())
+
+    def count(self, number: int) -> int:
+        """The sum of the ranks' numbers, on the host too."""
+        return number if self.size == 1 else int(self.sum(torch.tensor(number)).item())
+
+    def take_statistics(self, module: nn.Module) -> None:
+        """Rank 0's of BatchNorm, on all ranks: those that a checkpoint holds."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                if buffer.is_floating_point():
+                    dist.broadcast(buffer, 0)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -83,9 +99,11 @@ def world(config: RuntimeConfig) -> Iterator[World]:
         yield World(device, workers=workers)
         return
     timeout = timedelta(seconds=config.timeout_s)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=timeout
-    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    # torchrun keeps its store for the next attempt, whose ranks must not find the addresses of this one's.
+    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
     try:
         with _one_line_for_lost_ranks():
             yield World(device, rank, size, workers)

@@ -27,20 +27,22 @@ class Guard:
     were, and the run finds out with its next line of metrics. Elsewhere each step asks.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, world: World) -> None:
         self.refused = False
-        """Known on the host."""
-        self._optimizer = optimizer
+        """Known on the host, of all ranks."""
+        self._optimizer, self._world = optimizer, world
         self._fused = all(group.get("fused") for group in optimizer.param_groups)
         self._bad: Tensor | None = None
 
     def grants(self, losses: Losses, grad_norm: Tensor) -> bool:
         """Whether the optimiser may be asked for a step."""
+        # A loss may be infinite on one rank alone, and its gradient finite.
         bad = ~(losses.total.detach().isfinite() & grad_norm.isfinite())
         if not self._fused:
-            self.refused = bool(bad)
+            self.refused = bool(self._world.agree(int(bad)))
             return not self.refused
-        self._bad = bad.float() if self._bad is None else torch.maximum(self._bad, bad.float())
+        found = self._world.largest(bad.float())
+        self._bad = found if self._bad is None else torch.maximum(self._bad, found)
         # What torch's gradient scaler tells a fused optimiser: 1 leaves everything as it is.
         vars(self._optimizer)["found_inf"] = self._bad
         return True
@@ -62,8 +64,10 @@ def check_finite(window: Window, setup: Experiment, saver: Saver, world: World) 
     saved, path = checkpoints(saver.run), saver.run / f"nan-{step}.json"
     last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
     parts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    if world.is_main or setup.sharded:
+        began = snapshot(step - 1, setup.objective, setup.optimizer, {}, setup.ema)
     if world.is_main:
-        snapshot(step - 1, setup.objective, setup.optimizer, {}, setup.ema).write(path.with_suffix(".safetensors"))
+        began.write(path.with_suffix(".safetensors"))
         write_json(path, _record(step, values, setup, world.size))
     raise DistillError(
         f"{saver.run}: the loss or its gradient is not finite at step {step} ({parts}); {last}; lower --lr or use "

@@ -31,6 +31,7 @@ from distill_cli.data.views import (
 )
 from distill_cli.distributed import World
 from distill_cli.ema import build_ema
+from distill_cli.engine import check_engine, prepare
 from distill_cli.ensemble import identity_of, lineage_of, open_stores
 from distill_cli.errors import MismatchError, UsageError
 from distill_cli.files import canonical_json, sha256
@@ -45,6 +46,7 @@ from distill_cli.recipe import fingerprint as recipe_fingerprint
 from distill_cli.replay import check_data, stored_partners
 from distill_cli.report import Report
 from distill_cli.schedules import learning_rate
+from distill_cli.sharding import is_sharded, shard
 from distill_cli.software import versions
 from distill_cli.store.dealing import Dealing
 from distill_cli.store.reader import Store
@@ -127,6 +129,11 @@ class Experiment:
         """An epoch, or the run."""
         return step % self.order.steps_per_epoch == 0 or step == self.steps
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the ranks have parts of the weights, so that all of them take part in saving."""
+        return is_sharded(self.objective)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with besides the recipe."""
@@ -171,6 +178,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     """
     if recipe.student.name is None:
         raise UsageError('--student is missing: give an alias or a timm name; "distill models ls" lists them')
+    check_engine(recipe, world)
     check_begin(recipe.train.init_from, recipe.student.class_map, recipe.student.pretrained)
     config = recipe.objective or (TinyViTConfig() if recipe.store.path else SupervisedConfig())
     frozen = open_teacher(config, recipe)
@@ -198,8 +206,11 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
     check_needs(config, settled, source, store)
     live = None if frozen is None else LiveTeacher(frozen, view.mean, view.std, world.device)
     setting = Setting(view.image_size, view.mean, view.std, recipe.train.seed, live)
-    objective = build(config, student, setting).to(world.device)
+    objective = build(config, prepare(student, recipe, world), setting).to(world.device)
     leave_out(objective, report)
+    ema = build_ema(objective.student, settled.train)
+    if recipe.runtime.fsdp and world.size > 1:
+        shard(objective, ema, world)
     _warn(recipe, source, store, student, view, report)
     if not objective.trains_classifier:
         report.stage(f"objective {config.name} trains no classifier: nothing is validated, and there is no top1")
@@ -222,7 +233,7 @@ def open_experiment(recipe: Recipe, world: World, report: Report) -> Experiment:
         taught=taught,
         objective=objective,
         optimizer=build_optimizer(objective, settled.train),
-        ema=build_ema(objective.student, settled.train),
+        ema=ema,
         order=order,
         classes=classes,
         arguments=arguments,
@@ -285,8 +296,12 @@ def _settle(
 
 def _warn(recipe: Recipe, source: Source, store: Store | None, student: nn.Module, view: View, report: Report) -> None:
     batch_size, views = recipe.train.batch_size, recipe.train.views_per_read
-    if recipe.train.freeze_bn and not has_batch_norm(student):
-        report.warn(f"train.freeze_bn: {recipe.student.name} has no BatchNorm to freeze")
+    for field, asked, what in (
+        ("freeze_bn", recipe.train.freeze_bn, "freeze"),
+        ("sync_bn", recipe.train.sync_bn, "synchronise"),
+    ):
+        if asked and not has_batch_norm(student):
+            report.warn(f"train.{field}: {recipe.student.name} has no BatchNorm to {what}")
     if view.mixes and views > 1:
         report.warn(
             f"--views-per-read {views}: each view mixes a sample with another one, which is decoded in addition: "
@@ -358,6 +373,10 @@ def training_order(recipe: Recipe, source: Source, store: Store | None, view: Vi
             "give fewer, or a larger --batch-size"
         )
     sample_ids = store.sample_ids if store else np.arange(len(source))
+    if len(sample_ids) < world.size:
+        raise UsageError(
+            f"--data {recipe.data.path}: {len(sample_ids)} images for {world.size} ranks; take fewer ranks"
+        )
     tars = _tars(recipe, source, sample_ids)
     return TrainingOrder(
         sample_ids=sample_ids,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from distill_cli.distributed import World
 from distill_cli.errors import DamagedError, Stopped
 from distill_cli.files import named, write_atomic
 from distill_cli.objectives import Losses
@@ -100,25 +101,36 @@ class History:
 
 
 class Window:
-    """Losses since the last line of metrics; they stay on the device until somebody looks."""
+    """Losses since the last line of metrics, of all ranks' images; they stay on the device until somebody looks.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.note = device, ""
+    Then all ranks look, and the ranks add up what they have seen since.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world, self.note = world, ""
         self._start()
 
     def _start(self) -> None:
         self._first, self._images, self._waited, self._began = 0, 0, 0.0, time.monotonic()
         self._values: dict[str, list[Tensor]] = {}
+        self._shares: list[float] = []
 
-    def add(self, step: int, losses: Losses, grad_norm: Tensor, images: int, waited: float) -> None:
+    def add(
+        self, step: int, losses: Losses, grad_norm: Tensor, images: int, waited: float, share: float | None = None
+    ) -> None:
         """Count one step.
 
         Args:
+            losses: means over this rank's images.
+            grad_norm: of all ranks.
+            images: of all ranks.
             waited: seconds until the loader had its batch.
+            share: of this rank in the images; by default as the others'.
         """
         self._first = self._first or step
         self._images += images
         self._waited += waited
+        self._shares.append(1 / self.world.size if share is None else share)
         self._parts = tuple(losses.parts)
         values = {"loss": losses.total.detach(), **losses.parts, **losses.seen, "grad_norm": grad_norm}
         for name, value in values.items():
@@ -128,21 +140,32 @@ class Window:
         """The first step whose loss or gradient is not finite, and its values; None where all are."""
         if not self._values:
             return None
-        both = torch.stack([*self._values["loss"], *self._values["grad_norm"]])
-        finite = both.isfinite().view(2, -1).all(dim=0).cpu()
+        found = self._gathered()
+        finite = torch.stack([found["loss"], found["grad_norm"]]).isfinite().all(dim=0).cpu()
         if finite.all():
             return None
         index = int((~finite).nonzero()[0])
-        return self._first + index, {name: float(values[index]) for name, values in self._values.items()}
+        return self._first + index, {name: float(values[index]) for name, values in found.items()}
 
     def flush(self) -> dict[str, float]:
         """The means of the window, which then starts again; images/s and `data_wait` are of its wall time."""
-        means = {name: float(torch.stack(values).float().mean()) for name, values in self._values.items()}
+        means = {name: float(values.mean()) for name, values in self._gathered().items()}
         wall = max(time.monotonic() - self._began, 1e-9)
         rate, waited = round(self._images / wall, 1), round(self._waited / wall, 4)
         self.note = self._said(means, waited)
         self._start()
-        return {**means, "images_per_s": rate, "data_wait": waited, "memory_mb": memory_mb(self.device)}
+        return {**means, "images_per_s": rate, "data_wait": waited, "memory_mb": memory_mb(self.world.device)}
+
+    def _gathered(self) -> dict[str, Tensor]:
+        """By name, the means over the images of each step: float32 `[steps]`."""
+        stacked = {name: torch.stack(values).float() for name, values in self._values.items()}
+        if self.world.size == 1:
+            return stacked
+        shares = torch.tensor(self._shares).to(self.world.device, non_blocking=True)
+        weighted = [
+            values / self.world.size if name == "grad_norm" else shares * values for name, values in stacked.items()
+        ]
+        return dict(zip(stacked, self.world.sum(torch.stack(weighted)), strict=True))
 
     def _said(self, means: Mapping[str, float], waited: float) -> str:
         shown = ("loss", *(self._parts if len(self._parts) > 1 else ()))

@@ -1,7 +1,7 @@
 """What is measured of a model: sums over exactly the images there are, whatever the batches and ranks."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +106,7 @@ def every_image(source: Source, view: View, batch_size: int, skip_unreadable: bo
 
 @torch.inference_mode()
 def measure_accuracy(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
     num_classes: int,
     world: World,

@@ -97,6 +97,8 @@ class TrainConfig:
     """The average's decay rises with the steps, to `ema_decay`."""
     freeze_bn: bool = False
     """BatchNorm normalises by the statistics that the student began with."""
+    sync_bn: bool = False
+    """BatchNorm of the student normalises by what all ranks see, not by a rank's slice; needs CUDA."""
     shuffle_tars: Natural | None = None
     """Where the data is tars: those that a shuffled epoch reads from at a time; by default 16. 0: from all."""
     precision: Precision = "fp32"

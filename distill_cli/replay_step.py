@@ -71,25 +71,27 @@ def replay_step(file: Path, runtime: RuntimeConfig, world: World, report: Report
         freeze_batch_norm(setup.objective.student)
     setup.optimizer.zero_grad(set_to_none=True)
     found: list[Losses] = []
-    images = skipped = 0
+    shares: list[int] = []
+    skipped = 0
     with _first_not_finite(setup.objective) as modules:
         for rank in range(ranks):
             order: TrainingOrder = replace(setup.order, rank=rank, world_size=ranks)
             (batch,) = training_batches(replace(setup, order=order), step, step + 1, world)
             torch.manual_seed(derive("step", config.seed, step, rank))
-            found.append(backward(setup.objective, batch, config.accumulate, world, config.precision))
-            images, skipped = images + len(batch), skipped + len(batch.skipped)
+            found.append(backward(setup.objective, batch, config.accumulate, world, config.precision, len(batch)))
+            shares.append(len(batch))
+            skipped += len(batch.skipped)
     for parameter in setup.objective.parameters():
         if parameter.grad is not None:
-            # As DDP has it: the mean over the ranks.
-            parameter.grad /= ranks
+            # As in training: the mean over all images of all ranks.
+            parameter.grad /= sum(shares)
     bad = [
         name
         for name, parameter in setup.objective.named_parameters()
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
-    values = {name: _mean([losses.parts[name] for losses in found]) for name in found[0].parts}
-    values = {"loss": _mean([losses.total for losses in found]), **values}
+    values = {name: _mean([losses.parts[name] for losses in found], shares) for name in found[0].parts}
+    values = {"loss": _mean([losses.total for losses in found], shares), **values}
     values["grad_norm"] = float(clip_gradients(setup.objective, config))
     return Replayed(
         step=record["step"],
@@ -98,7 +100,7 @@ def replay_step(file: Path, runtime: RuntimeConfig, world: World, report: Report
         first_module=next(iter(modules), None),
         parameters=len(bad),
         first_parameters=bad[:SHOWN],
-        images=images,
+        images=sum(shares),
         skipped=skipped,
     )
 
@@ -115,8 +117,8 @@ def _read(file: Path) -> dict[str, Any]:
     return record
 
 
-def _mean(values: list[Tensor]) -> float:
-    return float(torch.stack(values).float().mean())
+def _mean(values: list[Tensor], shares: list[int]) -> float:
+    return sum(share * float(value) for value, share in zip(values, shares, strict=True)) / sum(shares)
 
 
 @contextmanager

@@ -7,11 +7,25 @@ from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill_cli.files import sha256, write_atomic
 
 CHECKSUM = "sha256"
 """Of all bytes behind the header, in the metadata."""
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is without ranks; one in parts is put together, for which all ranks have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_there(tensor: Tensor, there: Tensor | None) -> Tensor:
+    """A whole tensor, which every rank has, dealt to the ranks as another one of its shape is."""
+    if not isinstance(there, DTensor):
+        return tensor
+    # None: each rank cuts its own part.
+    return distribute_tensor(tensor.to(there.device), there.device_mesh, there.placements, src_data_rank=None)
 
 
 def save_tensors(

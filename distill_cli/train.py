@@ -1,9 +1,10 @@
 """`distill train`: train a student, from labels, from a store, or from both."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from distill_cli.data.loader import Loader
 from distill_cli.data.views import train_transform
 from distill_cli.distributed import Signals, World, stopped
 from distill_cli.divergence import Guard, check_finite
+from distill_cli.engine import compile_forward
 from distill_cli.experiment import Experiment, class_names, open_experiment
 from distill_cli.files import check_ours, free_bytes, remove_temporaries, write_json
 from distill_cli.history import History, Window, last_validation
@@ -33,8 +35,9 @@ from distill_cli.report import Report
 from distill_cli.run import LOG, begin, check_identity, finished
 from distill_cli.saver import Due, Saver, newest
 from distill_cli.schedules import set_learning_rate
+from distill_cli.sharding import in_step
 from distill_cli.students.build import freeze_batch_norm, parameters_in_millions
-from distill_cli.students.weights import BEST, PLAIN, STUDENT, save_student
+from distill_cli.students.weights import BEST, PLAIN, STUDENT, Card, save_student
 from distill_cli.trackers import check_installed, open_trackers
 from distill_cli.training_batches import training_batches
 
@@ -122,12 +125,14 @@ def bill(recipe: Recipe, out: Path, world: World, report: Report | None = None) 
     setup = open_experiment(recipe, world, report)
     finished(out, setup)
     report.stage("timing a few steps")
-    guard = Guard(setup.optimizer)
+    model = _wrapped(setup, world)
+    guard = Guard(setup.optimizer, world)
     start = images = 0.0
     for number, batch in enumerate(training_batches(setup, 0, min(BILL_STEPS, setup.steps), world)):
-        _step(setup.objective, batch, number, setup, world, guard)
+        seen = _images(batch, setup, world)
+        _step(model, batch, seen, number, setup, world, guard)
         # The first step pays for the loader's start, and is not timed unless it is the only one.
-        images += len(batch) if start else 0
+        images += seen if start else 0
         start = start or time.monotonic()
     images_per_s = images / max(time.monotonic() - start, 1e-3)
     tensors = checkpoint_tensors(setup.objective, setup.optimizer, setup.ema).values()
@@ -155,9 +160,9 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
         assert setup.taught is not None
         prove_replay(setup.store, setup.source, train_transform(setup.taught))
     world.barrier()
-    model = world.wrap(objective)
+    model = _wrapped(setup, world)
     batches = training_batches(setup, done.step, setup.steps, world)
-    window, guard, due = Window(world.device), Guard(setup.optimizer), Due(config.save_every)
+    window, guard, due = Window(world), Guard(setup.optimizer, world), Due(config.save_every)
     report.stage(f"{setup.steps} steps, {order.steps_per_epoch} an epoch, from step {done.step}")
     images = order.images_per_step
     with (
@@ -171,9 +176,9 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
             saver.best = history.best
             if setup.validates_at(done.step) and done.step not in history.validated:
                 numbers, accuracy = _validate(setup, validation, world, signals, saver)
+                if history.is_best(numbers):
+                    _deliver(out / BEST, setup, numbers, world)
                 if world.is_main:
-                    if history.is_best(numbers):
-                        _deliver(out / BEST, setup, numbers)
                     names = class_names(setup.source, setup.store)
                     write_json(out / VALIDATION, {"step": done.step, "classes": names, **asdict(accuracy)})
                 history.log(done.step, {"epoch": done.step / order.steps_per_epoch, **numbers}, "val")
@@ -185,14 +190,16 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
             batch = next(batches)
             waited = time.monotonic() - began
             if done.step == 0:
-                seen = colours(batch.images[:PICTURES], setup.view.mean, setup.view.std)
-                history.image(0, "inputs", grid(seen))
-            losses, grad_norm = _step(model, batch, done.step, setup, world, guard)
-            done.add(len(batch) * world.size, len(batch.skipped), time.monotonic() - began)
-            window.add(done.step, losses, grad_norm, len(batch) * world.size, waited)
+                history.image(0, "inputs", grid(colours(batch.images[:PICTURES], setup.view.mean, setup.view.std)))
+            seen = _images(batch, setup, world)
+            losses, grad_norm = _step(model, batch, seen, done.step, setup, world, guard)
+            skipped = world.count(len(batch.skipped)) if setup.recipe.data.skip_unreadable else 0
+            done.add(seen, skipped, time.monotonic() - began)
+            window.add(done.step, losses, grad_norm, seen, waited, len(batch) / seen)
             progress.advance(images, window.note)
-            stop = world.agree(signals.received)
-            saves = stop or setup.ends_at(done.step) or due.at(done.step)
+            # Clocks differ, and what follows a save is work of all ranks.
+            stop, saves = divmod(world.agree(2 * signals.received + due.at(done.step)), 2)
+            saves = saves or stop or setup.ends_at(done.step)
             logs = done.step % config.log_every == 0 or done.step == setup.steps
             if saves or logs or guard.refused:
                 check_finite(window, setup, saver, world)
@@ -200,14 +207,25 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
                 epoch = round((done.step - 1) / order.steps_per_epoch, 4)
                 lr = setup.learning_rate(done.step - 1)
                 history.log(done.step, {"epoch": epoch, "lr": lr, **window.flush()}, "train")
-            if saves and world.is_main:
-                saver.save(snapshot(done.step, objective, setup.optimizer, done.state(setup), setup.ema))
+            if saves:
+                if world.is_main or setup.sharded:
+                    taken = snapshot(done.step, objective, setup.optimizer, done.state(setup), setup.ema)
+                if world.is_main:
+                    saver.save(taken)
                 due.saved()
             if stop:
                 saver.wait()
                 raise stopped(stop, f"{out}: saved at step {done.step} of {setup.steps}; the same command goes on")
         saver.wait()
     return _finish(setup, out, done, world, report)
+
+
+def _wrapped(setup: Experiment, world: World) -> nn.Module:
+    """The objective as it is called: its student compiled where that is asked for, and its ranks in step."""
+    for student in (setup.objective.student, setup.ema and setup.ema.module):
+        if student is not None:
+            compile_forward(student, setup.recipe.runtime)
+    return world.wrap(setup.objective)
 
 
 def _with_caches(setup: Experiment, world: World, report: Report) -> Experiment:
@@ -227,10 +245,20 @@ def _history(setup: Experiment, out: Path, step: int, world: World, report: Repo
     return History(out, step, trackers, write=world.is_main)
 
 
+def _images(batch: Batch, setup: Experiment, world: World) -> int:
+    """Of a step, over all ranks: their slices differ where they do not divide it, or some of it cannot be read."""
+    same = setup.order.samples_per_step % world.size == 0 and not setup.recipe.data.skip_unreadable
+    return len(batch) * world.size if same else world.count(len(batch))
+
+
 def _step(
-    model: nn.Module, batch: Batch, step: int, setup: Experiment, world: World, guard: Guard
+    model: nn.Module, batch: Batch, images: int, step: int, setup: Experiment, world: World, guard: Guard
 ) -> tuple[Losses, Tensor]:
-    """One optimiser step; what it draws depends on (seed, step, rank) alone."""
+    """One optimiser step; what it draws depends on (seed, step, rank) alone.
+
+    Args:
+        images: of the step, over all ranks.
+    """
     config, objective = setup.recipe.train, setup.objective
     set_learning_rate(setup.optimizer, setup.learning_rate(step))
     torch.manual_seed(derive("step", config.seed, step, world.rank))
@@ -239,7 +267,8 @@ def _step(
         freeze_batch_norm(objective.student)
     objective.go_to(step / setup.steps)
     setup.optimizer.zero_grad(set_to_none=True)
-    losses = backward(model, batch, config.accumulate, world, config.precision)
+    weight = len(batch) * world.size / images
+    losses = backward(model, batch, config.accumulate, world, config.precision, weight)
     grad_norm = clip_gradients(objective, config)
     if not guard.grants(losses, grad_norm):
         return losses, grad_norm
@@ -304,16 +333,23 @@ def _validate(
         The numbers of both, and all that is known of the student that `student.safetensors` would be.
     """
     assert setup.val is not None
-    # Of which every rank has at least so many.
-    common = len(setup.val) // world.size // setup.recipe.eval.batch_size
-    students = {"": setup.objective.student} | ({} if setup.ema is None else {"ema_": setup.ema.module})
+    size = setup.recipe.eval.batch_size
+    fewest, most = -(-(len(setup.val) // world.size) // size), -(-len(setup.val) // (world.size * size))
+    blank = torch.zeros(1, 3, setup.view.image_size, setup.view.image_size, device=world.device)
+    models: list[tuple[str, nn.Module, Callable[[Tensor], Tensor]]]
+    models = [("", setup.objective.student, setup.objective.evaluated)]
+    if setup.ema is not None:
+        models.append(("ema_", setup.ema.module, setup.ema.module))
     numbers: dict[str, float] = {}
-    for prefix, student in students.items():
+    for prefix, student, model in models:
         # LeViT and TinyViT keep their attention biases in evaluation; up to timm 1.0.22 only train() drops them.
         student.train().eval()
-        batches = _until(signals, validation, world, common, saver)
+        world.take_statistics(student)
+        batches = _until(signals, validation, world, fewest, saver)
+        if setup.sharded:
+            batches = in_step(batches, most, partial(model, blank))
         with Report(quiet=True).progress("", 0) as progress:
-            accuracy = measure_accuracy(student, batches, setup.classes, world, "fp32", progress)
+            accuracy = measure_accuracy(model, batches, setup.classes, world, "fp32", progress)
         numbers |= {prefix + name: getattr(accuracy, name) for name in ("top1", "top5", "nll", "ece", "images")}
     return numbers, accuracy
 
@@ -322,10 +358,10 @@ def _until(signals: Signals, batches: Iterable[Batch], world: World, common: int
     """Break off a validation on a signal: its checkpoint is saved, and the next attempt begins with it.
 
     Args:
-        common: batches in which all ranks can ask each other.
+        common: batches that every rank has, in which all can ask each other.
     """
     for number, batch in enumerate(batches):
-        if number < max(1, common) and (stop := world.agree(signals.received)):
+        if number < common and (stop := world.agree(signals.received)):
             saver.wait()
             raise stopped(stop, f"{saver.run}: while validating, after saving; the same command goes on")
         yield batch
@@ -350,17 +386,23 @@ def _finish(setup: Experiment, out: Path, done: _Done, world: World, report: Rep
         skipped=done.skipped,
         plain_top1=final.get("top1") if ema else None,
     )
+    if ema is not None:
+        card = setup.card(final.get("top1"), final.get("top5"))
+        _save(out / PLAIN, setup.objective.student, card, setup, world)
+    _deliver(out / STUDENT, setup, final, world)
     if world.is_main:
-        if ema is not None:
-            save_student(out / PLAIN, setup.objective.student, setup.card(final.get("top1"), final.get("top5")))
-        _deliver(out / STUDENT, setup, final)
         write_json(out / RESULT, {**asdict(summary), "identity": setup.identity})
     report.stage(f"{out}: finished")
     return summary
 
 
-def _deliver(path: Path, setup: Experiment, numbers: Mapping[str, Any]) -> None:
+def _deliver(path: Path, setup: Experiment, numbers: Mapping[str, Any], world: World) -> None:
     """Save the student, which is the average where there is one, with what it reached."""
     kind, student = ("", setup.objective.student) if setup.ema is None else ("ema_", setup.ema.module)
     card = setup.card(numbers.get(f"{kind}top1"), numbers.get(f"{kind}top5"), setup.recipe.train.ema_decay or None)
-    save_student(path, student, card)
+    _save(path, student, card, setup, world)
+
+
+def _save(path: Path, student: nn.Module, card: Card, setup: Experiment, world: World) -> None:
+    if world.is_main or setup.sharded:
+        save_student(path, student, card, write=world.is_main)

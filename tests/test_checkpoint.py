@@ -160,3 +160,20 @@ def _saved(run: Path) -> bytes:
 
 def test_equal_trainings_are_equal_bytes_in_every_process(tmp_path: Path, other_process: ProcessPoolExecutor) -> None:
     assert _saved(tmp_path / "here") == other_process.submit(_saved, tmp_path / "there").result()
+
+
+def test_what_an_optimiser_kept_lies_in_memory_as_its_parameter_does(tmp_path: Path) -> None:
+    """A fused kernel reads both by one index; on disk there is one order."""
+    models = [nn.Conv2d(4, 3, 3).to(memory_format=torch.channels_last) for _ in range(2)]
+    one, other = (torch.optim.AdamW(model.parameters()) for model in models)
+    models[0](torch.randn(2, 4, 5, 5)).square().mean().backward()
+    one.step()
+    snapshot(1, models[0], one, {}).write(tmp_path / "a.safetensors")
+    load_checkpoint(tmp_path / "a.safetensors", models[1], other)
+    slot = other.state[models[1].weight]["exp_avg"]
+    assert (
+        slot.stride()
+        == models[1].weight.stride()
+        != torch.empty_like(slot, memory_format=torch.contiguous_format).stride()
+    )
+    assert torch.equal(slot, one.state[models[0].weight]["exp_avg"])

@@ -1,4 +1,5 @@
 import contextlib
+import math
 import os
 import signal
 from pathlib import Path
@@ -22,7 +23,10 @@ from distill_cli.distributed import (
     stopped,
     world,
 )
+from distill_cli.divergence import Guard
 from distill_cli.errors import DistillError, UsageError
+from distill_cli.history import Window
+from distill_cli.objectives import Losses
 
 CPU = torch.device("cpu")
 
@@ -137,10 +141,27 @@ def work_as_rank(rank: int, folder: str) -> None:
         "agree": here.agree(signal.SIGTERM if rank else 0),
         "quiet": here.agree(0),
         "sum": here.sum(torch.tensor([1.0, rank], dtype=torch.float64)).tolist(),
+        "count": here.count(3 + rank),
+        "grants": grants(here, math.inf if rank else 1.0),
+        "window": window(here),
         "wrapped": isinstance(here.wrap(nn.Linear(1, 1)), DistributedDataParallel),
     }
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def grants(here: World, loss: float) -> bool:
+    """Whether a step whose gradient is finite is made."""
+    guard = Guard(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1), here)
+    return guard.grants(Losses(torch.tensor(loss), {}), torch.tensor(1.0))
+
+
+def window(here: World) -> dict[str, float]:
+    """Losses 1 and 5 of ranks with 3 and 1 of a step's images, whose gradient has the norm 7."""
+    seen = Window(here)
+    seen.add(1, Losses(torch.tensor(1.0 + 4 * here.rank), {}), torch.tensor(7.0), 4, 0.0, (3, 1)[here.rank] / 4)
+    found = seen.flush()
+    return {name: found[name] for name in ("loss", "grad_norm")}
 
 
 def test_two_ranks_agree_on_a_signal_and_add_up(tmp_path: Path) -> None:
@@ -148,7 +169,10 @@ def test_two_ranks_agree_on_a_signal_and_add_up(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(work_as_rank, (str(tmp_path),), nprocs=2, start_method=method)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert [rank.pop("is_main") for rank in ranks] == [True, False]
-    assert ranks == 2 * [{"agree": signal.SIGTERM, "quiet": 0, "sum": [2, 1], "wrapped": True}]
+    assert [rank.pop("window") for rank in ranks] == 2 * [{"loss": 2.0, "grad_norm": 7.0}]
+    assert ranks == 2 * [
+        {"agree": signal.SIGTERM, "quiet": 0, "sum": [2, 1], "count": 7, "grants": False, "wrapped": True}
+    ]
 
 
 # Who one is.

@@ -9,6 +9,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill_cli import history as module
+from distill_cli.distributed import World
 from distill_cli.errors import DamagedError, DistillError, Stopped
 from distill_cli.history import History, Window, last_validation, memory_mb, read_metrics
 from distill_cli.objectives import Losses
@@ -172,7 +173,7 @@ def test_a_window_has_means_and_the_share_of_its_time_that_was_waited(
 ) -> None:
     times = iter([0.0, 10.0, 10.0])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
-    window = Window(torch.device("cpu"))
+    window = Window(World(torch.device("cpu")))
     window.add(1, losses(2.0, 0.25), torch.tensor(4.0), 50, waited=1.0)
     window.add(2, losses(4.0, 0.75), torch.tensor(6.0), 50, waited=3.0)
     values = window.flush()
@@ -184,7 +185,7 @@ def test_a_window_has_means_and_the_share_of_its_time_that_was_waited(
 
 
 def test_the_note_has_the_parts_of_a_loss_that_has_several(tmp_path: Path) -> None:
-    window = Window(torch.device("cpu"))
+    window = Window(World(torch.device("cpu")))
     parts = {"label": torch.tensor(2.0), "distill": torch.tensor(0.12345)}
     window.add(1, Losses(torch.tensor(1.0), parts), torch.tensor(4.0), 50, waited=0.0)
     window.flush()

@@ -48,6 +48,9 @@ def command(
     device: options.Device = None,
     gpus: options.Gpus = None,
     precision: options.Precision = None,
+    compile_student: Annotated[
+        bool, typer.Option("--compile", help="Compile the student; the first steps then take a minute.")
+    ] = False,
     seed: options.Seed = None,
     skip_unreadable: options.SkipUnreadable = False,
     resume: Annotated[
@@ -98,6 +101,7 @@ def command(
             ("--workers", "runtime.workers", workers),
             ("--device", "runtime.device", device),
             ("--precision", "train.precision", precision),
+            ("--compile", "runtime.compile", compile_student),
             ("--seed", "train.seed", seed),
             ("--resume", "runtime.resume", resume),
             ("--skip-unreadable", "data.skip_unreadable", skip_unreadable),

@@ -50,7 +50,7 @@ class TrainingOrder:
     @property
     def images_per_step(self) -> int:
         """Inputs, over all ranks."""
-        return self._samples_per_step * self.views_per_read
+        return self.samples_per_step * self.views_per_read
 
     def _shuffled(self, number: int, view: int) -> NDArray[np.int64]:
         """The samples in the order of a pass that begins with a view."""
@@ -66,20 +66,21 @@ class TrainingOrder:
         return self._paired[number]
 
     @property
-    def _samples_per_step(self) -> int:
+    def samples_per_step(self) -> int:
+        """Over all ranks; each is seen by `views_per_read` views."""
         return min(self.batch_size // self.views_per_read, len(self.sample_ids))
 
     @property
     def _steps_per_pass(self) -> int:
         epochs = self.views_per_read * (len(self.sample_ids) // self.images_per_step)
-        return epochs or len(self.sample_ids) // self._samples_per_step
+        return epochs or len(self.sample_ids) // self.samples_per_step
 
     def __call__(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """(first view, samples)."""
         number, place = divmod(step, self._steps_per_pass)
         first = number * self.views_per_read % self.views
         shuffled = self._shuffled(number, first)
-        chosen = shuffled[place * self._samples_per_step : (place + 1) * self._samples_per_step]
+        chosen = shuffled[place * self.samples_per_step : (place + 1) * self.samples_per_step]
         return first, np.array_split(chosen, self.world_size)[self.rank]
 
 

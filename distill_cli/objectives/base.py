@@ -104,6 +104,11 @@ class Objective(nn.Module):
         """The losses of a batch of which the student has given `outputs`."""
         raise NotImplementedError
 
+    def evaluated(self, images: Tensor) -> Tensor:
+        """The student's logits `[batch, classes]`; called in evaluation, through the objective as `forward` is."""
+        logits: Tensor = self.student(images)
+        return logits
+
     def taught(self, batch: Batch) -> Batch:
         """The batch with the teacher's rows, where the objective needs some: a store's, else the live teacher's."""
         if batch.teacher is not None or "logits" not in self.needs:

@@ -17,7 +17,7 @@ from distill_cli.checkpoint import RESULT
 from distill_cli.errors import DamagedError, MismatchError, UsageError
 from distill_cli.files import canonical_json
 from distill_cli.students.second_head import timm_weights
-from distill_cli.tensors import save_tensors
+from distill_cli.tensors import save_tensors, whole
 
 STUDENT, PLAIN, BEST = "student.safetensors", "student-plain.safetensors", "student-best.safetensors"
 """A run's weights: the average of them where it keeps one, and then the plain ones beside it; and those of the best
@@ -63,14 +63,21 @@ class Card:
     software: Mapping[str, str] | None = None
 
 
-def save_student(path: Path, model: nn.Module, card: Card) -> None:
-    """Write a model's weights as it is evaluated, with their card, atomically."""
+def save_student(path: Path, model: nn.Module, card: Card, write: bool = True) -> None:
+    """Write a model's weights as it is evaluated, with their card, atomically.
+
+    Args:
+        write: False on the ranks that only give their parts of a model that is in parts.
+    """
+    weights = {name: whole(tensor) for name, tensor in timm_weights(model).items()}
+    if not write:
+        return
     metadata = {
         key: value if isinstance(value, str) else canonical_json(value)
         for key, value in asdict(card).items()
         if value is not None
     }
-    save_tensors(path, timm_weights(model), metadata)
+    save_tensors(path, weights, metadata)
 
 
 def read_card(path: Path) -> Card | None:

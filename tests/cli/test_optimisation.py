@@ -102,8 +102,9 @@ def test_the_plain_weights_are_those_of_a_run_without_an_average(trained: Callab
 
 @pytest.mark.parametrize("parts", [2, 3, 10])
 def test_accumulated_parts_train_the_weights_of_whole_batches(parts: int, trained: Callable[..., Path]) -> None:
-    whole = trained("whole", *VIT, *sets("train.steps=6"))
-    cut = trained(f"cut{parts}", *VIT, *sets("train.steps=6", f"train.accumulate={parts}"))
+    # The biases of keys have no gradient but rounding, which AdamW would otherwise bring to the size of all others.
+    same = sets("train.steps=6", "train.eps=1e-6")
+    whole, cut = trained("whole", *VIT, *same), trained(f"cut{parts}", *VIT, *same, *sets(f"train.accumulate={parts}"))
     one, other = load_file(whole / "student.safetensors"), load_file(cut / "student.safetensors")
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-5)

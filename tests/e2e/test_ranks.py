@@ -1,6 +1,7 @@
 """Two ranks do the work of one process."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -66,6 +67,31 @@ def test_ranks_of_our_own_stop_and_go_on_together(store, folder, tmp_path):
     alone = run_json(*distil(store, folder, tmp_path / "one"))
     assert (done["steps"], done["status"]) == (20, "done")
     assert done["nll"] == pytest.approx(alone["nll"], abs=1e-4)
+
+
+def test_torchrun_starts_the_ranks_again_and_they_go_on(store, folder, tmp_path):
+    """`--max-restarts 1`: a rank is killed in the first attempt; the second goes on from the checkpoint."""
+    out = tmp_path / "run"
+    torchrun = "import sys; from torch.distributed.run import main; main(sys.argv[1:]); sys.exit()"
+    process = start(
+        "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "distill_cli",
+        *distil(store, folder, out, "--set", "train.log_every=1", "--set", "train.save_every=2", "--json"),
+        before=torchrun,
+    )  # fmt: skip
+    wait_until(lambda: len(list(out.glob("checkpoints/*"))) > 1, process)
+    os.kill(child_of(process.pid, rank=1), signal.SIGKILL)
+    words, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert words.count("{") == 1
+    assert "going on from step-000000" in err
+    done = json.loads(words)
+    alone = run_json(*distil(store, folder, tmp_path / "one"))
+    assert (done["steps"], done["status"]) == (20, "done")
+    assert done["nll"] == pytest.approx(alone["nll"], abs=1e-4)
+    steps = [
+        line["step"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in line
+    ]
+    assert steps == list(range(1, 21))
 
 
 def child_of(parent: int, rank: int) -> int:
