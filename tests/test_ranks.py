@@ -265,3 +265,26 @@ def test_what_looks_at_whole_tensors_is_refused(setting: str, value: Any, said: 
 def test_more_ranks_than_images_are_refused(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"18 images for 19 ranks; take fewer ranks"):
         train.train(recipe(image_folder, train__batch_size=19), tmp_path / "run", World(CPU, 0, 19), Report(quiet=True))
+
+
+LIVE = {
+    "features": {
+        "objective.pairs.last.loss": "pooled",
+        "objective.pairs.grid.loss": "dense",
+        "objective.pairs.grid.student": "blocks.0",
+        "objective.pairs.grid.teacher": "blocks.1",
+    },
+    "tinymim": {},
+    "dmae": {"objective.decoder": {"depth": 1, "width": 24, "heads": 3}},
+}
+
+
+@pytest.mark.parametrize(("name", "fsdp"), [*((name, False) for name in LIVE), ("features", True)])
+def test_ranks_beside_a_live_teacher_have_the_weights_of_one_process(
+    name: str, fsdp: bool, image_folder: Path, trained: Callable[..., Path]
+) -> None:
+    teacher = trained(recipe(image_folder, **{"train.batch_size": 12, "train.steps": 1}), 1, "teacher")
+    live = {"objective.name": name, "teacher.name": str(teacher), "train.batch_size": 12, **LIVE[name]}
+    asked = recipe(image_folder, **live)
+    two = recipe(image_folder, **{**live, "runtime.fsdp": fsdp})
+    check_same(trained(asked, 1), trained(two, 2))
