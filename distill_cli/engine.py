@@ -12,6 +12,7 @@ from torch import nn
 from distill_cli.config import RuntimeConfig
 from distill_cli.distributed import World
 from distill_cli.errors import UsageError
+from distill_cli.objectives import OBJECTIVES, singles
 from distill_cli.recipe import Recipe
 from distill_cli.sharding import check_sharding
 
@@ -28,9 +29,20 @@ def check_engine(recipe: Recipe, world: World) -> None:
     if recipe.runtime.compile == "cuda-graphs" and kind != "cuda":
         raise UsageError("runtime.compile: cuda-graphs needs CUDA; give --compile, or train on CUDA")
     if recipe.runtime.compile:
+        _check_passes(recipe, "--compile")
         _check_compiler(kind)
     if recipe.runtime.fsdp:
+        _check_passes(recipe, "runtime.fsdp")
         check_sharding(recipe)
+
+
+def _check_passes(recipe: Recipe, asked: str) -> None:
+    """Of what makes something of the student's whole forward pass."""
+    for each in () if recipe.objective is None else singles(recipe.objective):
+        if not OBJECTIVES[each.name].whole_pass:
+            raise UsageError(
+                f"{asked}: objective {each.name} makes no whole pass of the student; leave one of them out"
+            )
 
 
 def _check_compiler(kind: str) -> None:

@@ -13,14 +13,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from distill_cli.data.batch import Batch
 from distill_cli.distributed import World
 from distill_cli.errors import UsageError
-from distill_cli.objectives import Objective, singles
+from distill_cli.objectives import Objective
 from distill_cli.recipe import Recipe
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum", "lion")
 """That treat each component by itself. Others need a tensor's norm, as LAMB, or the whole matrix, as Muon."""
-
-IN_PARTS_OF_A_PASS = ("tinymim", "dmae")
-"""Objectives that end a student's pass within a block, or call its blocks by themselves."""
 
 
 def check_sharding(recipe: Recipe) -> None:
@@ -35,11 +32,6 @@ def check_sharding(recipe: Recipe) -> None:
         )
     if recipe.train.clip_mode == "agc":
         raise UsageError("runtime.fsdp: clip_mode agc looks at whole tensors; give norm or value, or leave it out")
-    for each in () if recipe.objective is None else singles(recipe.objective):
-        if each.name in IN_PARTS_OF_A_PASS:
-            raise UsageError(
-                f"runtime.fsdp: objective {each.name} makes no whole pass of the student; leave one of them out"
-            )
     if recipe.runtime.compile:
         raise UsageError(
             "runtime.fsdp: gathers weights between graphs, which is not compiled here; leave one of them out"

@@ -115,6 +115,13 @@ def test_cuda_graphs_need_cuda() -> None:
         check_engine(parse({"runtime.compile": "cuda-graphs"}), World(CPU))
 
 
+@pytest.mark.parametrize("name", ["tinymim", "dmae"])
+def test_a_pass_that_is_no_whole_one_is_not_compiled(name: str) -> None:
+    line = f"^--compile: objective {name} makes no whole pass of the student; leave one of them out"
+    with pytest.raises(UsageError, match=line):
+        check_engine(parse({"runtime.compile": True, "objective.name": name}), World(CPU))
+
+
 @pytest.mark.parametrize(("variable", "said"), [(None, r"no g\+\+|no clang\+\+"), ("ccache no-such-c++", "no ccache")])
 def test_without_a_compiler_there_is_one_line(
     variable: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -73,6 +73,8 @@ class Objective(nn.Module):
     """Whether any student will do."""
     own_forward: bool = False
     """Whether in a sum it makes a pass of the student for itself."""
+    whole_pass: ClassVar[bool] = True
+    """False: it cuts the student's pass short within a block, or calls its blocks by themselves."""
     relates_images: bool = False
     """Whether it compares images of a batch with each other. Such a loss is no mean over the images: it sees what is in
     one pass at once, so that accumulated parts and ranks are other batches."""

@@ -75,6 +75,7 @@ class DMAE(Objective):
 
     needs = frozenset({"teacher"})
     own_forward = True
+    whole_pass = False
 
     def __init__(self, student: nn.Module, config: DMAEConfig, setting: Setting) -> None:
         """

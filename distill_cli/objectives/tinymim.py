@@ -83,6 +83,7 @@ class TinyMIM(Objective):
     """
 
     needs = frozenset({"teacher"})
+    whole_pass = False
 
     def __init__(self, student: nn.Module, config: TinyMIMConfig, setting: Setting) -> None:
         """

@@ -1,6 +1,7 @@
 """A compiled student: eager's weights under eager's names, with whatever hooks into it, and no graph for each size."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -8,13 +9,14 @@ import pytest
 import timm
 import torch
 import torch._dynamo
-from small import CLASSES, SETTING, make_batch, make_plain, make_student
+from small import CLASSES, SETTING, make_batch, make_live, make_plain, make_student
 from torch import Tensor, nn
 
 from distill_cli.config import RuntimeConfig
 from distill_cli.engine import compile_forward
-from distill_cli.objectives import Objective, build
+from distill_cli.objectives import Objective, ObjectiveConfig, build, needs_of
 from distill_cli.objectives.deit import DeiTConfig
+from distill_cli.objectives.features import FeaturesConfig
 from distill_cli.objectives.tinyvit import TinyViTConfig
 from distill_cli.students.taps import Taps
 
@@ -52,7 +54,9 @@ def make_tiny_vit() -> nn.Module:
     return timm.create_model("tiny_vit_5m_224", num_classes=CLASSES, **small)
 
 
+LIVE = replace(SETTING, teacher=make_live())
 COMPILED = {
+    "features": (make_plain, FeaturesConfig()),
     "deit": (make_student, DeiTConfig()),
     "deit, a second head averaged": (make_plain, DeiTConfig()),
     "deit, a second head dropped": (make_plain, DeiTConfig(second_head="drop")),
@@ -60,11 +64,16 @@ COMPILED = {
 }
 
 
+def made(student: nn.Module, config: ObjectiveConfig) -> Objective:
+    torch.manual_seed(0)
+    return build(config, student, LIVE if "teacher" in needs_of(config) else SETTING)
+
+
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("case", COMPILED)
 def test_a_compiled_student_has_the_weights_of_an_eager_one(case: str) -> None:
     make, config = COMPILED[case]
-    eager, compiled = (build(config, make(), SETTING) for _ in range(2))
+    eager, compiled = (made(make(), config) for _ in range(2))
     compile_forward(compiled.student, COMPILE)
     with patch.multiple(torch._dynamo.config, recompile_limit=LIMIT, fail_on_recompile_limit_hit=True):
         found = a_few_steps(compiled, (8, 8, 5, 7, 6, 3, 4, 8))
