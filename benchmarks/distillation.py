@@ -4,7 +4,8 @@
 
 Every job is a `distill` command that can be interrupted and run again, and so can this script. What a finished job gave
 is kept in benchmarks/distillation.json, so that a table that was broken off goes on on another machine: a job is run
-again only where another one needs its weights. `--table` prints the table of what is there.
+again only where another one needs its weights. A job that fails leaves out those that need it. `--table` prints the
+table of what is there.
 
 The student is a ViT of 0.68 M parameters, 28 px, patches of 4; with a distillation token for `deit`. Objectives that
 train no classifier are followed by the same supervised epochs as `scratch` (their row). DMAE needs a ViT for a teacher:
@@ -14,14 +15,16 @@ it is the tinyvit student of the same seed.
 import argparse
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fashion_mnist import distill
 from safetensors.torch import load_file
 
 from distill_cli.files import write_json
@@ -144,7 +147,10 @@ class Runner:
                 if name in needed:
                     self.started[name] = self.pool.submit(self.do, self.every[name])
             for future in as_completed(self.started[name] for name in names):
-                yield future.result()
+                if future.exception() is None:
+                    yield future.result()
+                else:
+                    print(f"failed: {future.exception()}", file=sys.stderr, flush=True)
 
     def needs(self, name: str) -> set[str]:
         """A job and all that it needs."""
@@ -174,6 +180,20 @@ class Runner:
             "extra_m": round(extra_parameters(run, summary["parameters_m"]), 3),
             "memory_mb": max(line["memory_mb"] for line in lines if "memory_mb" in line),
         }
+
+
+def distill(*arguments: Any, threads: int | None = 1) -> dict[str, Any]:
+    """Run a command and give its JSON.
+
+    Args:
+        threads: of torch; None leaves it to the command.
+    """
+    words = [sys.executable, "-m", "distill_cli", *map(str, arguments), "--json", "--quiet"]
+    print("distill", *words[3:-2], file=sys.stderr, flush=True)
+    environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    values: dict[str, Any] = json.loads(done.stdout)
+    return values
 
 
 def extra_parameters(run: Path, of_student: float) -> float:
