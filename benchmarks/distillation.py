@@ -4,8 +4,9 @@
 
 Every job is a `distill` command that can be interrupted and run again, and so can this script. What a finished job gave
 is kept in benchmarks/distillation.json, so that a table that was broken off goes on on another machine: a job is run
-again only where another one needs its weights. A job that fails leaves out those that need it. `--table` prints the
-table of what is there.
+again only where another one needs its weights. A result counts as long as its command, its recipe, and those of
+the jobs that it needs, are what they were. A job that fails leaves out those that need it. `--table` prints
+the table of what is there.
 
 The student is a ViT of 0.68 M parameters, 28 px, patches of 4; with a distillation token for `deit`. Objectives that
 train no classifier are followed by the same supervised epochs as `scratch` (their row). DMAE needs a ViT for a teacher:
@@ -14,11 +15,11 @@ it is the tinyvit student of the same seed.
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from distill_cli.files import write_json
+from distill_cli.files import canonical_json, sha256, write_json
+from distill_cli.shipped import recipes
 
 KEPT = Path(__file__).with_suffix(".json")
 TOP_K = (10, 3, 1)
@@ -45,6 +47,13 @@ class Job:
     row: str = ""
     """What the table calls it; jobs of one row differ by their seed."""
     seed: int = 0
+
+    def identity(self, every: dict[str, "Job"]) -> str:
+        """The sha256 of all that its result depends on."""
+        names = [name for flag, name in zip(self.arguments, self.arguments[1:], strict=False) if flag == "--recipe"]
+        values = [tomllib.loads(recipes()[name].read_text()) for name in names]
+        needs = [every[need].identity(every) for need in self.needs]
+        return sha256(canonical_json([self.arguments, self.seed, values, needs]))
 
 
 def jobs(seeds: list[int], epochs: int) -> list[Job]:
@@ -120,13 +129,15 @@ def main() -> None:
     given = parser.parse_args()
     every = {job.name: job for job in jobs(given.seeds, given.epochs)}
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    mine = kept.setdefault(f"{given.epochs} epochs, {given.device}", {})
+    here = f"{given.epochs} epochs, {given.device}"
+    identities = {name: job.identity(every) for name, job in every.items()}
+    mine = {name: found for name, found in kept.get(here, {}).items() if found.get("identity") == identities.get(name)}
     if not given.table:
         asked = [job.name for job in every.values() if job.row and job.name not in mine]
         asked = [name for name in asked if not given.only or every[name].row in given.only]
         for name, result in Runner(every, given).run(asked):
-            mine[name] = result
-            write_json(KEPT, kept)
+            mine[name] = {**result, "identity": identities[name]}
+            write_json(KEPT, {**kept, here: mine})
     print_table(every, mine)
 
 
@@ -177,7 +188,7 @@ class Runner:
             "images_per_s": summary["images_per_s"],
             "steps": summary["steps"],
             "parameters_m": summary["parameters_m"],
-            "extra_m": round(extra_parameters(run, summary["parameters_m"]), 3),
+            "extra_m": max(0.0, round(extra_parameters(run, summary["parameters_m"]), 3)),
             "memory_mb": max(line["memory_mb"] for line in lines if "memory_mb" in line),
         }
 
@@ -213,11 +224,14 @@ def print_table(every: dict[str, Job], results: dict[str, dict[str, Any]]) -> No
     print("|---|---|---|---|---|---|---|")
     for row, found in rows.items():
         top1 = [each["top1"] for each in found if each["top1"] is not None]
-        mean, spread = statistics.mean(top1 or [math.nan]), statistics.stdev(top1) if len(top1) > 1 else math.nan
+        spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+        reached, gain = "", ""
+        if top1:
+            reached = f"{statistics.mean(top1):.2f}{spread}"
+            gain = f"{statistics.mean(top1) - statistics.mean(each['top1'] for each in base):+.2f}"
         speed = median(found, "images_per_s") / median(base, "images_per_s")
-        gain = mean - statistics.mean(each["top1"] for each in base)
         print(
-            f"| {row} | {mean:.2f} ± {spread:.2f} | {', '.join(f'{each:.2f}' for each in top1)} | {gain:+.2f} "
+            f"| {row} | {reached} | {', '.join(f'{each:.2f}' for each in top1)} | {gain} "
             f"| {speed:.2f} | {median(found, 'extra_m'):.2f} | {median(found, 'memory_mb'):.0f} |"
         )
 
