@@ -519,6 +519,21 @@ def test_the_step_that_stopped_a_run_runs_again_by_itself(
     assert (fine["first_module"] is None) == fine["finite"]
 
 
+def test_a_fused_optimizer_is_stopped_on_its_device_and_the_run_finds_out_later(
+    folder: Path, out: Path, refused: Refused, distill: Cli
+) -> None:
+    """What CUDA has by default; torch's fused AdamW of the CPU listens as well."""
+    late = ("--set", "train.log_every=6", "--set", "train.opt_kwargs={fused=true}")
+    said = refused(1, "train", *TRAIN, *EXPLODE, *late, "--data", folder, "--out", out)
+    assert said.startswith(f"{out}: the loss or its gradient is not finite at step 2 (loss nan, ")
+    record = out / "nan-2.json"
+    kept = safetensors.torch.load_file(record.with_suffix(".safetensors"))
+    weights = {name: value for name, value in kept.items() if name.endswith("weight") and "optimizer" not in name}
+    assert all(value.isfinite().all() for value in weights.values())
+    again = json.loads(distill("train", "--replay-step", record, "--workers", "0", "--json").out)
+    assert (again["step"], again["finite"]) == (2, False)
+
+
 def test_no_step_to_replay(out: Path, refused: Refused, tmp_path: Path) -> None:
     assert refused(2, "train", "--replay-step", out / "nan-3.json").endswith(
         "give RUN/nan-STEP.json of a run that stopped"
