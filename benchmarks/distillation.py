@@ -8,6 +8,8 @@ again only where another one needs its weights. A result counts as long as its c
 the jobs that it needs, are what they were. A job that fails leaves out those that need it. `--table` prints
 the table of what is there.
 
+`--pace`, on a machine that does nothing else, has a hundred steps of each row in turn, for images/s.
+
 The student is a ViT of 0.68 M parameters, 28 px, patches of 4; with a distillation token for `deit`. Objectives that
 train no classifier are followed by the same supervised epochs as `scratch` (their row). DMAE needs a ViT for a teacher:
 it is the tinyvit student of the same seed.
@@ -20,9 +22,10 @@ import statistics
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,8 @@ class Job:
     row: str = ""
     """What the table calls it; jobs of one row differ by their seed."""
     seed: int = 0
+    paces: bool = False
+    """Whether it is there for its images/s alone."""
 
     def identity(self, every: dict[str, "Job"]) -> str:
         """The sha256 of all that its result depends on."""
@@ -68,19 +73,38 @@ def jobs(seeds: list[int], epochs: int) -> list[Job]:
         )
     ]
     stores += [
+        Job(
+            "store-crops",
+            ("teacher-logits", "--recipe", "fashion-fkd", "--teacher", "{teacher}"),
+            ("teacher",),
+        )
+    ]
+    stores += [
         Job(f"store-{k}", ("store", "trim", "{store-10}", "--top-k", str(k)), ("store-10",)) for k in TOP_K if k != 10
     ]
     return [teacher, *stores, *(job for seed in seeds for job in students(seed, epochs))]
 
 
+def paces(jobs: Iterable[Job], rounds: int) -> Iterator[Job]:
+    """A hundred steps of each, all of them in every round."""
+    steps = ("--set", "train.steps=100")
+    for number, job in product(range(rounds), jobs):
+        yield replace(job, name=f"pace/{number}/{job.name}", arguments=(*job.arguments, *steps), paces=True)
+
+
 def students(seed: int, epochs: int) -> list[Job]:
     """The rows of one seed."""
     live = ("--teacher", "{teacher}")
-    length = ("--epochs", str(epochs))
 
-    def train(row: str, *arguments: str, needs: tuple[str, ...] = ()) -> Job:
+    def train(row: str, *arguments: str, needs: tuple[str, ...] = (), epochs: int = epochs) -> Job:
         name = f"{seed}/{row.replace(' ', '-').replace(',', '')}"
-        return Job(name, ("train", *arguments, *length), needs, row, seed)
+        return Job(name, ("train", *arguments, "--epochs", str(epochs)), needs, row, seed)
+
+    def by(divergence: str, *settings: str) -> Job:
+        """`tinyvit` with another divergence, as its authors weigh it."""
+        words = (word for setting in settings for word in ("--set", f"objective.{setting}"))
+        store = ("--recipe", "fashion-tinyvit", "--store", "{store-10}")
+        return train(f"tinyvit, {divergence}", *store, *words, needs=("store-10",))
 
     def tuned(row: str, pretrained: str) -> Job:
         start = f"{seed}/{pretrained}"
@@ -88,10 +112,18 @@ def students(seed: int, epochs: int) -> list[Job]:
 
     return [
         train("scratch", *LABELS),
+        train("scratch, twice the steps", *LABELS, epochs=2 * epochs),
+        train("scratch, four crops a read", *LABELS, "--views-per-read", "4"),
         *(
             train(f"tinyvit k={k}", "--recipe", "fashion-tinyvit", "--store", f"{{store-{k}}}", needs=(f"store-{k}",))
             for k in TOP_K
         ),
+        by("JSD", "divergence=jsd"),
+        by("DKD", 'divergence={name="dkd", alpha=1, beta=0.5}', "label_weight=1"),
+        by("DIST", "divergence=dist", "label_weight=1"),
+        by("standardised", "standardise=true", "temperature=2", "label_weight=0.011"),
+        train("tinymim beside labels", "--recipe", "fashion-tinymim-labels", *live, needs=("teacher",)),
+        train("fkd", "--recipe", "fashion-fkd", "--store", "{store-crops}", needs=("store-crops",)),
         train("deit hard", "--recipe", "fashion-deit", "--store", "{store-10}", needs=("store-10",)),
         train(
             "deit soft",
@@ -125,15 +157,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="rows")
     parser.add_argument("--side-by-side", type=int, default=2, help="jobs at once, each with one thread of a CPU")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pace", action="store_true", help="images/s instead of accuracies")
+    parser.add_argument("--rounds", type=int, default=3, help="of --pace")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     every = {job.name: job for job in jobs(given.seeds, given.epochs)}
+    first = [job for job in every.values() if job.row and job.seed == given.seeds[0]]
+    every |= {job.name: job for job in paces(first, given.rounds)}
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     here = f"{given.epochs} epochs, {given.device}"
     identities = {name: job.identity(every) for name, job in every.items()}
     mine = {name: found for name, found in kept.get(here, {}).items() if found.get("identity") == identities.get(name)}
     if not given.table:
-        asked = [job.name for job in every.values() if job.row and job.name not in mine]
+        rows = (job for job in every.values() if job.row and job.paces == given.pace)
+        asked = [job.name for job in rows if job.name not in mine]
         asked = [name for name in asked if not given.only or every[name].row in given.only]
         for name, result in Runner(every, given).run(asked):
             mine[name] = {**result, "identity": identities[name]}
@@ -170,25 +207,26 @@ class Runner:
     def do(self, job: Job) -> tuple[str, dict[str, Any]]:
         for need in job.needs:
             self.started[need].result()
-        places = {name: str(self.given.work / name) for name in self.every}
-        arguments = [argument.format_map(places) if "{" in argument else argument for argument in job.arguments]
+        places = {f"{{{name}}}": str(self.given.work / name) for name in job.needs}
+        arguments = [places.get(argument, argument) for argument in job.arguments]
+        out = str(self.given.work / job.name)
         threads = 1 if self.given.device == "cpu" else None
         data = ("--data", str(self.given.data), "--seed", str(job.seed))
         if job.arguments[0] == "store":
-            distill(*arguments, "--out", places[job.name], threads=threads)
+            distill(*arguments, "--out", out, threads=threads)
             return job.name, {}
         here = ("--device", self.given.device, "--workers", "0" if self.given.device == "cpu" else "4")
-        summary = distill(*arguments, *data, *here, "--out", places[job.name], threads=threads)
+        summary = distill(*arguments, *data, *here, "--out", out, threads=threads)
         if arguments[0] != "train":
             return job.name, {}
-        run = Path(places[job.name])
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        if job.paces:
+            return job.name, {"images_per_s": summary["images_per_s"]}
+        lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
         return job.name, {
             "top1": summary["top1"],
-            "images_per_s": summary["images_per_s"],
             "steps": summary["steps"],
             "parameters_m": summary["parameters_m"],
-            "extra_m": max(0.0, round(extra_parameters(run, summary["parameters_m"]), 3)),
+            "extra_m": max(0.0, round(extra_parameters(Path(out), summary["parameters_m"]), 3)),
             "memory_mb": max(line["memory_mb"] for line in lines if "memory_mb" in line),
         }
 
@@ -216,23 +254,25 @@ def extra_parameters(run: Path, of_student: float) -> float:
 def print_table(every: dict[str, Job], results: dict[str, dict[str, Any]]) -> None:
     """A row for each kind of job: mean and standard deviation over its seeds, and what it costs beside `scratch`."""
     rows: dict[str, list[dict[str, Any]]] = {}
+    paced: dict[str, list[dict[str, Any]]] = {}
     for job in every.values():
         if job.row and job.name in results:
-            rows.setdefault(job.row, []).append(results[job.name])
+            (paced if job.paces else rows).setdefault(job.row, []).append(results[job.name])
     base = rows.get("scratch", [])
     print("| | top1 | seeds | over scratch | images/s, ratio | extra parameters, M | memory, MB |")
     print("|---|---|---|---|---|---|---|")
     for row, found in rows.items():
         top1 = [each["top1"] for each in found if each["top1"] is not None]
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-        reached, gain = "", ""
+        reached, gain, pace = "", "", ""
         if top1:
             reached = f"{statistics.mean(top1):.2f}{spread}"
             gain = f"{statistics.mean(top1) - statistics.mean(each['top1'] for each in base):+.2f}"
-        speed = median(found, "images_per_s") / median(base, "images_per_s")
+        if row in paced and "scratch" in paced:
+            pace = f"{median(paced[row], 'images_per_s') / median(paced['scratch'], 'images_per_s'):.2f}"
         print(
             f"| {row} | {reached} | {', '.join(f'{each:.2f}' for each in top1)} | {gain} "
-            f"| {speed:.2f} | {median(found, 'extra_m'):.2f} | {median(found, 'memory_mb'):.0f} |"
+            f"| {pace} | {median(found, 'extra_m'):.2f} | {median(found, 'memory_mb'):.0f} |"
         )
 
 

@@ -30,6 +30,7 @@ SMALL = {
     "fashion-fkd": (),
     "fashion-deit": (),
     "fashion-tinymim": (GRID,),
+    "fashion-tinymim-labels": ("objective.terms.tinymim.teacher_layer=layer2",),
     "fashion-finetune": (),
     "tinymim-base-in1k": (*SMALL_DEIT, GRID),
     "tinymim-base-in1k-finetune": SMALL_DEIT,
@@ -49,7 +50,7 @@ def test_the_list_is_all_that_is_shipped():
 
 
 FROM_LABELS = ("fashion-teacher", "fashion-scratch", "quickstart-teacher")
-FROM_LAYERS = ("fashion-features", "fashion-tinyvit-features", "mgd-resnet18-in1k")
+FROM_LAYERS = ("fashion-features", "fashion-tinyvit-features", "fashion-tinymim-labels", "mgd-resnet18-in1k")
 """From the layers of a teacher beside the student …"""
 WITH_STORE = ("fashion-tinyvit-features",)
 """… and from a store besides."""
