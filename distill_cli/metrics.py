@@ -112,8 +112,12 @@ def measure_accuracy(
     world: World,
     precision: str,
     progress: Progress,
+    not_finite: str = "evaluation: the output is not finite; look at the model's weights, or use --precision fp32",
 ) -> Accuracy:
     """Evaluate a model on this rank's batches and add up over ranks.
+
+    Args:
+        not_finite: what is said where the outputs are not finite.
 
     Raises:
         DistillError: no image could be read, or the outputs are not finite.
@@ -126,7 +130,7 @@ def measure_accuracy(
             sums.add(logits, batch.labels)
         sums.skipped += len(batch.skipped)
         progress.advance((len(batch) + len(batch.skipped)) * world.size)
-    return sums.total(world)
+    return sums.total(world, not_finite)
 
 
 @torch.inference_mode()
@@ -247,7 +251,7 @@ class _Sums:
         self.classes[0].index_add_(0, labels, torch.ones_like(hit))
         self.classes[1].index_add_(0, labels, hit)
 
-    def total(self, world: World) -> Accuracy:
+    def total(self, world: World, not_finite: str) -> Accuracy:
         skipped = torch.tensor([float(self.skipped)], dtype=torch.float64, device=world.device)
         flat = torch.cat([self.scalars, self.bins.flatten(), self.classes.flatten(), skipped])
         flat = world.sum(flat).cpu()
@@ -256,9 +260,7 @@ class _Sums:
         if not images:
             raise DistillError("evaluation: no image could be read; look at the first of the data by hand")
         if not math.isfinite(nll):
-            raise DistillError(
-                "evaluation: the output is not finite; look at the model's weights, or use --precision fp32"
-            )
+            raise DistillError(not_finite)
         bins = bins.view(3, ECE_BINS)
         _, accurate, confident = bins
         counts, right = classes.view(2, -1)

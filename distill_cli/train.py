@@ -175,7 +175,7 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
         while True:
             saver.best = history.best
             if setup.validates_at(done.step) and done.step not in history.validated:
-                numbers, accuracy = _validate(setup, validation, world, signals, saver)
+                numbers, accuracy = _validate(setup, done.step, validation, world, signals, saver)
                 if history.is_best(numbers):
                     _deliver(out / BEST, setup, numbers, world)
                 if world.is_main:
@@ -325,7 +325,7 @@ def _validation(setup: Experiment, world: World) -> Loader:
 
 
 def _validate(
-    setup: Experiment, validation: Loader, world: World, signals: Signals, saver: Saver
+    setup: Experiment, step: int, validation: Loader, world: World, signals: Signals, saver: Saver
 ) -> tuple[dict[str, float], Accuracy]:
     """Accuracy on all validation images, in fp32 as `distill eval` has it; that of the average as `ema_…`.
 
@@ -340,6 +340,7 @@ def _validate(
     models = [("", setup.objective.student, setup.objective.evaluated)]
     if setup.ema is not None:
         models.append(("ema_", setup.ema.module, setup.ema.module))
+    diverged = f"{saver.run}: the student's output is not finite after step {step}; lower --lr, in another --out"
     numbers: dict[str, float] = {}
     for prefix, student, model in models:
         # LeViT and TinyViT keep their attention biases in evaluation; up to timm 1.0.22 only train() drops them.
@@ -349,7 +350,7 @@ def _validate(
         if setup.sharded:
             batches = in_step(batches, most, partial(model, blank))
         with Report(quiet=True).progress("", 0) as progress:
-            accuracy = measure_accuracy(model, batches, setup.classes, world, "fp32", progress)
+            accuracy = measure_accuracy(model, batches, setup.classes, world, "fp32", progress, diverged)
         numbers |= {prefix + name: getattr(accuracy, name) for name in ("top1", "top5", "nll", "ece", "images")}
     return numbers, accuracy
 

@@ -425,6 +425,14 @@ def test_a_loss_that_is_not_finite_after_a_checkpoint(folder: Path, out: Path, r
     assert not (out / "result.json").exists()
 
 
+def test_weights_that_explode_in_the_last_step_before_a_validation(folder: Path, out: Path, refused: Refused) -> None:
+    once = ("--lr", "1e30", "--set", "train.clip_grad=0", "--set", "train.steps=1")
+    said = f"{out}: the student's output is not finite after step 1; lower --lr, in another --out"
+    assert refused(1, "train", *TRAIN, *once, "--data", folder, "--out", out) == said
+    assert refused(1, "train", *TRAIN, *once, "--data", folder, "--out", out) == said
+    assert not (out / "result.json").exists()
+
+
 def test_a_run_that_fails_closes_its_metrics(folder: Path, out: Path, refused: Refused) -> None:
     refused(1, "train", *TRAIN, *EXPLODE, "--data", folder, "--out", out)
     held = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
