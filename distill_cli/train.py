@@ -176,6 +176,8 @@ def _run(setup: Experiment, out: Path, world: World, report: Report) -> Summary:
             saver.best = history.best
             if setup.validates_at(done.step) and done.step not in history.validated:
                 numbers, accuracy = _validate(setup, done.step, validation, world, signals, saver)
+                # On a full disk a checkpoint that is still being written would take the room of what follows.
+                saver.join()
                 if history.is_best(numbers):
                     _deliver(out / BEST, setup, numbers, world)
                 if world.is_main:
