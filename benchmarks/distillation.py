@@ -70,14 +70,8 @@ def jobs(seeds: list[int], epochs: int) -> list[Job]:
             "store-10",
             ("teacher-logits", "--recipe", "fashion-tinyvit", "--teacher", "{teacher}", "--views", views),
             ("teacher",),
-        )
-    ]
-    stores += [
-        Job(
-            "store-crops",
-            ("teacher-logits", "--recipe", "fashion-fkd", "--teacher", "{teacher}"),
-            ("teacher",),
-        )
+        ),
+        Job("store-crops", ("teacher-logits", "--recipe", "fashion-fkd", "--teacher", "{teacher}"), ("teacher",)),
     ]
     stores += [
         Job(f"store-{k}", ("store", "trim", "{store-10}", "--top-k", str(k)), ("store-10",)) for k in TOP_K if k != 10

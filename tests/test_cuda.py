@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import RESNET, VIT, small_recipe
 
 from distill_cli.distributed import World
 from distill_cli.errors import DistillError
 from distill_cli.evaluate import evaluate
-from distill_cli.recipe import Recipe, load
 from distill_cli.replay import SparseRows
 from distill_cli.report import Report
 from distill_cli.store.reader import Store
@@ -22,25 +22,8 @@ from distill_cli.train import train
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CPU, CUDA = World(torch.device("cpu")), World(torch.device("cuda", 0))
 QUIET = Report(quiet=True)
-VIT = {
-    "student.name": "deit-tiny",
-    "student.kwargs": {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 7},
-    "student.drop_path": 0.0,
-    "data.image_size": 28,
-    "train.lr": 1e-3,
-    "train.eps": 1e-6,
-    "train.steps": 12,
-    "train.batch_size": 12,
-    "train.log_every": 1,
-}
-RESNET = VIT | {"student.name": "resnet18", "student.kwargs": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}}
-del RESNET["student.drop_path"]
-
-
-def recipe(folder: Path, values: dict[str, Any]) -> Recipe:
-    return load(
-        None, (), {path: ("a test", value) for path, value in {"data.path": str(folder), **values}.items()}
-    ).recipe
+LENGTH = {"train.steps": 12, "train.batch_size": 12}
+SHORT_VIT, SHORT_RESNET = VIT | LENGTH, RESNET | LENGTH
 
 
 def losses(run: Path) -> list[float]:
@@ -48,7 +31,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("student", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("student", [SHORT_VIT, SHORT_RESNET], ids=["vit", "resnet"])
 @pytest.mark.parametrize(
     "asked",
     [
@@ -65,8 +48,8 @@ def test_a_run_has_the_losses_of_the_processor(
     asked: dict[str, Any], student: dict[str, Any], image_folder: Path, tmp_path: Path
 ) -> None:
     values = {**student, **asked}
-    train(recipe(image_folder, {**values, "runtime.compile": False}), tmp_path / "cpu", CPU, QUIET)
-    train(recipe(image_folder, values), tmp_path / "cuda", CUDA, QUIET)
+    train(small_recipe(image_folder, {**values, "runtime.compile": False}), tmp_path / "cpu", CPU, QUIET)
+    train(small_recipe(image_folder, values), tmp_path / "cuda", CUDA, QUIET)
     found, expected = losses(tmp_path / "cuda"), losses(tmp_path / "cpu")
     assert len(set(found)) == 12
     assert found == pytest.approx(expected, rel=0.1 if values.get("train.precision") == "bf16" else 0.02)
@@ -77,7 +60,7 @@ def test_a_run_has_the_losses_of_the_processor(
 def test_a_run_goes_on_where_another_device_left_it(image_folder: Path, tmp_path: Path) -> None:
     """And a GPU's checkpoint holds what its fused optimiser has."""
     out, whole = tmp_path / "run", tmp_path / "whole"
-    asked = recipe(image_folder, VIT | {"train.save_every": 1, "train.keep": 12})
+    asked = small_recipe(image_folder, SHORT_VIT | {"train.save_every": 1, "train.keep": 12})
     train(asked, whole, CUDA, QUIET)
     train(asked, out, CUDA, QUIET)
     for path in sorted((out / "checkpoints").iterdir())[6:]:
@@ -89,8 +72,8 @@ def test_a_run_goes_on_where_another_device_left_it(image_folder: Path, tmp_path
 
 
 def test_a_fused_optimizer_is_stopped_on_the_device(image_folder: Path, tmp_path: Path) -> None:
-    asked = recipe(
-        image_folder, VIT | {"train.lr": 1e30, "train.batch_size": 6, "train.clip_grad": 0, "train.log_every": 12}
+    asked = small_recipe(
+        image_folder, SHORT_VIT | {"train.lr": 1e30, "train.batch_size": 6, "train.clip_grad": 0, "train.log_every": 12}
     )
     with pytest.raises(DistillError, match="the loss or its gradient is not finite at step"):
         train(asked, tmp_path, CUDA, QUIET)
@@ -102,11 +85,11 @@ def test_a_fused_optimizer_is_stopped_on_the_device(image_folder: Path, tmp_path
 
 def test_a_store_has_the_rows_of_the_processor(image_folder: Path, tmp_path: Path) -> None:
     teacher = {"train.steps": 1, "objective.name": "supervised"}
-    train(recipe(image_folder, RESNET | teacher), tmp_path / "teacher", CPU, QUIET)
+    train(small_recipe(image_folder, SHORT_RESNET | teacher), tmp_path / "teacher", CPU, QUIET)
     stores = []
     for name, world in {"cpu": CPU, "cuda": CUDA}.items():
         asked = {"teacher.name": str(tmp_path / "teacher"), "store.top_k": 3, "store.views": 2}
-        teacher_logits(recipe(image_folder, asked), tmp_path / name, world, QUIET)
+        teacher_logits(small_recipe(image_folder, asked), tmp_path / name, world, QUIET)
         stores.append(Store(tmp_path / name))
     for view in range(2):
         found, expected = (SparseRows(store)(view, np.arange(18)) for store in stores)
@@ -117,7 +100,9 @@ def test_a_store_has_the_rows_of_the_processor(image_folder: Path, tmp_path: Pat
 
 
 def test_an_evaluation_has_the_accuracy_of_the_processor(image_folder: Path, tmp_path: Path) -> None:
-    train(recipe(image_folder, VIT), tmp_path / "run", CPU, QUIET)
-    here, there = (evaluate(recipe(image_folder, {}), str(tmp_path / "run"), world, QUIET) for world in (CPU, CUDA))
+    train(small_recipe(image_folder, SHORT_VIT), tmp_path / "run", CPU, QUIET)
+    here, there = (
+        evaluate(small_recipe(image_folder, {}), str(tmp_path / "run"), world, QUIET) for world in (CPU, CUDA)
+    )
     assert there.top1 == here.top1
     assert there.nll == pytest.approx(here.nll, rel=1e-3)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from small_runs import RESNET, VIT, small_recipe
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -19,33 +20,17 @@ from distill_cli.distributed import World
 from distill_cli.errors import UsageError
 from distill_cli.evaluate import evaluate
 from distill_cli.experiment import open_experiment
-from distill_cli.recipe import Recipe, load
+from distill_cli.recipe import Recipe
 from distill_cli.report import Report
 from distill_cli.students.build import create
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")
-VIT = {
-    "student.name": "deit-tiny",
-    "student.kwargs": {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 7},
-    "student.drop_path": 0.0,
-    "data.image_size": 28,
-    "train.lr": 1e-3,
-    # The biases of keys have no gradient but rounding, which AdamW would otherwise bring to the size of all others.
-    "train.eps": 1e-6,
-    "train.steps": 20,
-    "train.log_every": 1,
-    "train.save_every": 7,
-}
-"""Without BatchNorm, and nothing is drawn: what a rank does not do another one does."""
-RESNET = VIT | {"student.name": "resnet18", "student.kwargs": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}}
-del RESNET["student.drop_path"]
 
 
 def recipe(folder: Path, **values: Any) -> Recipe:
-    settings = {**VIT, "data.path": str(folder), **{name.replace("__", "."): value for name, value in values.items()}}
-    given = {path: ("a test", value) for path, value in settings.items() if value is not None}
-    return load(None, (), given).recipe
+    settings = {name.replace("__", "."): value for name, value in values.items()}
+    return small_recipe(folder, {**VIT, "train.save_every": 7, **settings})
 
 
 def work_as_rank(rank: int, ranks: int, asked: Recipe, out: Path, meet: str) -> None:
